@@ -1,0 +1,1 @@
+"""Protocols and shared types; imports nothing else of smalti."""
