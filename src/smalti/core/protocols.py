@@ -15,8 +15,8 @@ Generators = torch.Generator | Sequence[torch.Generator]
 """One source of randomness, or one for each sample of the batch."""
 
 
-class _Tensors:
-    """Dataclasses of tensors that move, index and stack along the batch together."""
+class TensorBundle:
+    """Base of dataclasses of tensors that move, index and stack along the batch together."""
 
     def map(self, function) -> Self:
         """A copy with `function` applied to every tensor, also those inside mappings."""
@@ -58,7 +58,7 @@ class _Tensors:
 
 
 @dataclass(frozen=True)
-class Cond(_Tensors):
+class Cond(TensorBundle):
     """Everything a denoiser is conditioned on; what is None is absent.
 
     Args:
@@ -81,7 +81,7 @@ class Cond(_Tensors):
 
 
 @dataclass(frozen=True)
-class TextEmbedding(_Tensors):
+class TextEmbedding(TensorBundle):
     """Encoded prompts: tokens (B, M, D), pooled (B, D), mask (B, M) True = keep, segments (B, M) segment index."""
 
     tokens: Tensor
@@ -91,7 +91,7 @@ class TextEmbedding(_Tensors):
 
 
 @dataclass(frozen=True)
-class Latents(_Tensors):
+class Latents(TensorBundle):
     """What a tokenizer's `encode` returns.
 
     Args:
@@ -110,7 +110,7 @@ class Latents(_Tensors):
 
 
 @dataclass(frozen=True)
-class Batch(_Tensors):
+class Batch(TensorBundle):
     """Training samples: x0 (B, ...), their conditioning, and ids (B,) long that name each sample draw."""
 
     x0: Tensor
@@ -220,7 +220,7 @@ class Mixer(Protocol):
 
 
 @dataclass(frozen=True)
-class SolverState(_Tensors):
+class SolverState(TensorBundle):
     """Where a solver stands: the sample, and what it remembers of earlier steps by name."""
 
     x: Tensor

@@ -1,0 +1,38 @@
+# make demo   draws pictures with the model that ships
+# make test   runs all fast tests
+# make lint   formatting, rules and types
+# make slow   the tests that take minutes
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+DEMO_PROMPTS := "a green apple" "red heart" "cat face" "grinning face" "three o'clock" "slice of pizza" "sun behind cloud" "crying face" "a blue heart" "fox" "banana" "penguin"
+export HF_HUB_OFFLINE = 1
+
+.PHONY: demo test slow lint clean
+demo: .venv/core
+	$(BIN)/smalti generate $(DEMO_PROMPTS) --out out/demo.png
+
+test: .venv/dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest
+
+slow: .venv/dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "slow and not gpu" --timeout=3600
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+.venv/core: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "smalti needs Python 3.11 or newer, this is " + sys.version'
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(INSTALL) torch
+	$(INSTALL) -e .
+	touch $@
+
+.venv/dev: .venv/core
+	$(INSTALL) -e '.[judges,data,tracking,dev]'
+	touch $@
+
+clean:
+	rm -rf .venv out

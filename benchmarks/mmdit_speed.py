@@ -1,0 +1,241 @@
+"""Training step and sampling step of our MMDiT against diffusers' Flux of the same shape and weights.
+
+Both run in one process on the same inputs. First their outputs and gradients must agree; then pairs are timed in turn
+and the median of the ratios ours / theirs is reported with its bootstrap 95 % interval.
+
+    python benchmarks/mmdit_speed.py --device cpu --threads 1 --shape emoji --json FILE
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from torch import Tensor
+
+from smalti.backbones.flux_weights import flux_to_mmdit
+from smalti.backbones.mmdit import MMDiT
+from smalti.core.errors import UserError, unknown_name
+from smalti.core.files import write_json
+from smalti.core.protocols import Cond
+from smalti.evaluation.timing import Ratio, paired_ratio
+from smalti.nn.patchify import patchify
+from smalti.nn.rope import grid_labels
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model and its inputs; `side` is the picture's side in tokens."""
+
+    channels: int
+    num_double: int
+    num_single: int
+    heads: int
+    head_dim: int
+    axes: tuple[int, int, int]
+    text_dim: int
+    pooled_dim: int
+    side: int
+    text_length: int
+    train_batch: int
+    sample_batch: int
+    guidance: bool = False
+    checkpointing: bool = False
+
+
+SHAPES = {
+    "emoji": Shape(16, 1, 4, 6, 32, (8, 12, 12), 384, 384, 8, 16, 64, 2),
+    "mid": Shape(16, 2, 4, 8, 64, (16, 24, 24), 768, 768, 16, 64, 4, 2),
+    "flux-slice": Shape(64, 3, 6, 24, 128, (16, 56, 56), 4096, 768, 64, 512, 1, 1, guidance=True),
+    "flux-dev": Shape(64, 19, 38, 24, 128, (16, 56, 56), 4096, 768, 64, 512, 1, 1, guidance=True, checkpointing=True),
+}
+
+
+class Pair:
+    """Both models with the same weights, and the same inputs for each."""
+
+    def __init__(self, shape: Shape, device: torch.device, dtype: torch.dtype):
+        torch.manual_seed(0)
+        self.shape, self.device, self.dtype = shape, device, dtype
+        with torch.device(device):
+            self.theirs = _random_flux(shape).to(dtype)
+        self.ours: MMDiT = flux_to_mmdit(self.theirs)
+        if shape.checkpointing:
+            self.theirs.enable_gradient_checkpointing()
+            self.ours.enable_gradient_checkpointing()
+
+    def inputs(self, batch: int) -> tuple[Tensor, Tensor, Cond]:
+        """x (B, C, side, side), t (B,) and the conditioning."""
+        shape, place = self.shape, {"device": self.device, "dtype": self.dtype}
+        cond = Cond(
+            text=torch.randn(batch, shape.text_length, shape.text_dim, **place),
+            pooled=torch.randn(batch, shape.pooled_dim, **place),
+            guidance=torch.full((batch,), 3.5, **place) if shape.guidance else None,
+        )
+        t = torch.linspace(0.1, 0.9, batch, **place)
+        return torch.randn(batch, shape.channels, shape.side, shape.side, **place), t, cond
+
+    def calls(self, batch: int) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+        """Forward of ours and of theirs, both (B, N, C)."""
+        x, t, cond = self.inputs(batch)
+        labels = grid_labels(self.shape.text_length, self.shape.side, self.shape.side, self.device)
+        tokens = patchify(x, 1).contiguous()
+        arguments = {
+            "hidden_states": tokens,
+            "encoder_hidden_states": cond.text,
+            "pooled_projections": cond.pooled,
+            "timestep": t,
+            "guidance": cond.guidance,
+            "txt_ids": labels[: self.shape.text_length],
+            "img_ids": labels[self.shape.text_length :],
+            "return_dict": False,
+        }
+        return lambda: patchify(self.ours(x, t, cond), 1), lambda: self.theirs(**arguments)[0]
+
+    def check(self) -> dict[str, float]:
+        """Largest relative differences of output and of one gradient; raises if they are not equal."""
+        ours, theirs = self.calls(2 if not self.shape.checkpointing else 1)
+        with torch.no_grad():
+            output = _difference(ours(), theirs())
+        limit = TOLERANCE[self.dtype]
+        if not output <= limit:
+            raise RuntimeError(f"outputs differ by {output:.2e}, more than {limit:.0e}: the timing would mean nothing")
+        return {"output_difference": output, "limit": limit}
+
+
+def run(
+    shape: str = "emoji", device: str = "cpu", threads: int = 1, repeats: int = 30, warmup: int = 3, compiled: bool = False
+) -> dict[str, Any]:
+    """Measures both steps.
+
+    Args:
+        shape: one of `SHAPES`.
+        device: cpu or cuda; on cuda weights are bfloat16, on the CPU float32.
+        threads: of the CPU.
+        repeats: timed pairs.
+        warmup: pairs before them.
+        compiled: compile both models.
+
+    Returns:
+        A json-ready report; `training` and `sampling` hold the ratios ours / theirs.
+
+    Raises:
+        UserError: unknown shape, or no such device.
+    """
+    if shape not in SHAPES:
+        raise unknown_name("shape", shape, SHAPES)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("got device cuda, but torch sees no CUDA device; use --device cpu")
+    torch.set_num_threads(threads)
+    settings = SHAPES[shape]
+    pair = Pair(settings, torch.device(device), torch.float32 if device == "cpu" else torch.bfloat16)
+    equality = pair.check()
+    if compiled:
+        pair.ours.compile(dynamic=False)
+        pair.theirs.compile(dynamic=False)
+    training = paired_ratio(*(_training(m, c) for m, c in _bound(pair, settings.train_batch)), repeats, warmup)
+    pair.ours.zero_grad(set_to_none=True)
+    pair.theirs.zero_grad(set_to_none=True)
+    sampling = paired_ratio(*(_sampling(call) for _, call in _bound(pair, settings.sample_batch)), repeats, warmup)
+    return {
+        "benchmark": "mmdit_speed",
+        "shape": shape,
+        "shape_settings": asdict(settings),
+        "parameters": sum(p.numel() for p in pair.ours.parameters()),
+        "compiled": compiled,
+        "warmup": warmup,
+        "repeats": repeats,
+        "equality": equality,
+        "training": _report(training),
+        "sampling": _report(sampling),
+        "machine": _machine(device, threads),
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status: 0 done, 1 an interval stays above 1, 2 the input is at fault."""
+    parser = argparse.ArgumentParser(description="MMDiT against diffusers' Flux of the same shape.")
+    parser.add_argument("--shape", default="emoji", help=f"one of {', '.join(SHAPES)}")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--compile", action="store_true", dest="compiled")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = vars(parser.parse_args(arguments))
+    file = options.pop("json")
+    try:
+        report = run(**options)
+        if file:
+            write_json(file, report)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(json.dumps(report, indent=1))
+    return 0 if report["training"]["reaches_one"] and report["sampling"]["reaches_one"] else 1
+
+
+def _bound(pair: Pair, batch: int):
+    return list(zip((pair.ours, pair.theirs), pair.calls(batch)))
+
+
+def _training(model: torch.nn.Module, call: Callable[[], Tensor]) -> Callable[[], None]:
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        call().float().square().mean().backward()
+
+    return step
+
+
+def _sampling(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    return torch.no_grad()(call)
+
+
+def _random_flux(shape: Shape) -> FluxTransformer2DModel:
+    flux = FluxTransformer2DModel(
+        in_channels=shape.channels,
+        num_layers=shape.num_double,
+        num_single_layers=shape.num_single,
+        attention_head_dim=shape.head_dim,
+        num_attention_heads=shape.heads,
+        joint_attention_dim=shape.text_dim,
+        pooled_projection_dim=shape.pooled_dim,
+        guidance_embeds=shape.guidance,
+        axes_dims_rope=shape.axes,
+    )
+    return flux.eval()
+
+
+def _difference(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max())
+
+
+def _report(ratio: Ratio) -> dict[str, Any]:
+    return {**asdict(ratio), "reaches_one": ratio.reaches_one}
+
+
+def _machine(device: str, threads: int) -> dict[str, Any]:
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
+        "threads": threads,
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "python": platform.python_version(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

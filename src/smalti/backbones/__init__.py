@@ -1,0 +1,1 @@
+"""Denoisers assembled from layers, found by listing this folder."""

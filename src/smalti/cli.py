@@ -1,0 +1,192 @@
+"""The command line. Results go to the output stream, progress and warnings to the error stream.
+
+Exit status: 0 done, 1 a claim does not hold, 2 the user's input is at fault (one line says what and what to do).
+Everything heavy is imported inside the commands, so that `smalti --help` answers at once.
+"""
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from smalti.core.errors import UserError
+
+app = typer.Typer(
+    help="The toolkit for diffusion transformers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(help="Data sets: list them, or get one.", invoke_without_command=True)
+app.add_typer(data_app, name="data")
+
+# Typer carries a copy of click since 0.26 and names only this one of its errors; its base is what click raises for bad usage.
+_USAGE_ERROR = typer.BadParameter.__bases__[0]
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Settings = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; dots reach inside.")]
+
+
+def main() -> None:
+    """Runs the command line and turns a user's mistake into one line and status 2."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    warnings.showwarning = lambda message, *rest: print(f"smalti: {message}", file=sys.stderr)
+    try:
+        status = app(standalone_mode=False)
+    except UserError as error:
+        _fail(str(error))
+    except _USAGE_ERROR as error:
+        _fail(f"{error.format_message().rstrip('.')}; see smalti --help")
+    except (typer.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(141)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(message: str) -> None:
+    print(f"smalti: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _print(content: Any, as_json: bool, text: str) -> None:
+    print(json.dumps(content, indent=1, ensure_ascii=False) if as_json else text)
+
+
+@app.command()
+def generate(
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", show_default=False)] = None,
+    model: Annotated[str, typer.Option(help="Name of a shipped model, or a folder.")] = "emoji",
+    out: Annotated[
+        Path, typer.Option(help="PNG file; of several pictures it is the sheet, they lie beside it.")
+    ] = Path("out/picture.png"),
+    seed: Annotated[int, typer.Option(help="Of the first picture of each prompt; the next ones count up.")] = 0,
+    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 28,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is none. Default: the model's.")] = None,
+    count: Annotated[int, typer.Option(help="Pictures a prompt.")] = 1,
+    style: Annotated[str | None, typer.Option(help="Drawing style (or label) of the model; 'all' draws each.")] = None,
+    size: Annotated[str | None, typer.Option(help="Pixels: one number or HEIGHTxWIDTH.")] = None,
+    solver: Annotated[str, typer.Option(help="euler, heun, dpm++ or sde.")] = "euler",
+    as_json: Json = False,
+) -> None:
+    """Draw pictures from prompts."""
+    from smalti.tasks import text_to_image
+
+    request = text_to_image.Request(tuple(prompts or ()), model, out, seed, steps, guidance, count, style, size, solver)
+    result = text_to_image.draw(request)
+    lines = [f"{p['file']}  {p['prompt']!r}, {p['style'] or 'no style'}, seed {p['seed']}" for p in result["pictures"]]
+    if result["sheet"]:
+        lines.append(f"{result['sheet']}  sheet of all")
+    _print(result, as_json, "\n".join(lines))
+
+
+@app.command()
+def train(
+    recipe: Annotated[str | None, typer.Option(help="A recipe of the package; see smalti models.")] = None,
+    data: Annotated[Path | None, typer.Option(help="A folder of pictures of one's own.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for everything that the training writes.")] = Path("runs/train"),
+    preset: Annotated[str, typer.Option(help="Preset of the recipe: cpu or gpu.")] = "cpu",
+    size: Annotated[int | None, typer.Option(help="Picture size in pixels, 64 to 512 (with --data).")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Folder of any diffusers autoencoder (with --data).")] = None,
+    settings: Settings = [],  # noqa: B006 (typer copies it)
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the training in --out stopped.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a model from nothing."""
+    from smalti.core.discovery import load_member
+    from smalti.core.errors import unknown_name
+    from smalti.core.settings import override
+
+    if (recipe is None) == (data is None):
+        raise UserError("give either --recipe NAME or --data FOLDER")
+    if recipe is not None and (size is not None or tokenizer is not None):
+        raise UserError("--size and --tokenizer go with --data; a recipe has its own")
+    module = load_member("recipes", "folder" if recipe is None else recipe)
+    if not hasattr(module, "PRESETS"):
+        raise unknown_name("recipe", str(recipe), _recipes())
+    if preset not in module.PRESETS:
+        raise unknown_name("preset", preset, module.PRESETS)
+    chosen = module.PRESETS[preset]
+    if data is not None:
+        pairs = {"data": data, "size": size, "tokenizer": tokenizer}
+        settings = [*(f"{key}={value}" for key, value in pairs.items() if value is not None), *settings]
+    folder = module.train(override(chosen, list(settings)), out, resume)
+    _print({"model": str(folder)}, as_json, f"{folder}\nsmalti generate PROMPT --model {folder}")
+
+
+def _recipes() -> list[str]:
+    from smalti.core.discovery import load_member, members
+
+    return [name for name in members("recipes") if hasattr(load_member("recipes", name), "PRESETS")]
+
+
+@app.command()
+def models(as_json: Json = False) -> None:
+    """List the shipped models and what is known of them."""
+    from smalti.zoo.loader import model_card, model_names
+
+    cards = {name: model_card(name) for name in model_names()}
+    lines = []
+    for name, card in cards.items():
+        facts = ", ".join(
+            f"{key} {value}" for key, value in card.get("metrics", {}).items() if not isinstance(value, dict)
+        )
+        lines.append(
+            f"{name}  recipe {card['recipe']}, {card['date']}, {card['hardware']}" + (f"\n    {facts}" if facts else "")
+        )
+    _print(cards, as_json, "\n".join(lines))
+
+
+@data_app.callback()
+def data(context: typer.Context, as_json: Json = False) -> None:
+    """List the data sets."""
+    if context.invoked_subcommand is None:
+        from smalti.data.catalog import datasets
+
+        found = datasets()
+        lines = [
+            f"{d.name:14} {'here' if d.is_present() else 'smalti data get ' + d.name:28} {d.summary} ({d.licence})"
+            for d in found
+        ]
+        _print([d.describe() for d in found], as_json, "\n".join(lines))
+
+
+@data_app.command("get")
+def data_get(name: str, as_json: Json = False) -> None:
+    """Fetch and prepare a data set; its licences lie beside it."""
+    from smalti.data.catalog import get
+
+    path = get(name)
+    _print({"name": name, "path": str(path)}, as_json, str(path))
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="Name of a benchmark.")],
+    settings: Settings = [],  # noqa: B006 (typer copies it)
+    as_json: Json = False,
+) -> None:
+    """Run a benchmark and print its figures."""
+    from smalti.core.settings import override
+    from smalti.recipes.benchmarks import load_benchmark
+
+    module = load_benchmark(name)
+    result = module.run(override(module.Settings(), list(settings)))
+    _print(result, as_json, module.table(result))
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Check this installation: versions, devices, extras, models, data, disk."""
+    from smalti.tasks.doctor import checkup
+
+    checks = checkup()
+    lines = [f"{'ok ' if check['ok'] else 'NO '} {check['name']:22} {check['found']}" for check in checks]
+    _print(checks, as_json, "\n".join(lines))
+    if not all(check["ok"] for check in checks if check["required"]):
+        raise typer.Exit(1)

@@ -1,0 +1,1 @@
+"""Layers: norms, positions, embeddings, modulation, feed-forward, patches, joint blocks."""

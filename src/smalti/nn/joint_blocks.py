@@ -1,0 +1,147 @@
+"""The two blocks of a joint-attention transformer (MMDiT).
+
+`DoubleBlock`: text and image have their own norms, projections and feed-forward layers and meet in one attention over
+the joint sequence, text first. `SingleBlock`: one stream, attention and feed-forward in parallel from the same norm.
+Queries and keys pass an RMS norm before their rotation. M text tokens, N image tokens, L = M + N.
+
+Source: Stable Diffusion 3 (arXiv 2403.03206, figure 2) for double blocks; parallel single blocks (arXiv 2302.05442,
+section 2) and their combination as in FLUX.1.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from smalti.nn.ffn import FeedForward
+from smalti.nn.modulation import Modulation, gated_add, modulated_norm
+from smalti.nn.norm import RMSNorm
+from smalti.nn.rope import norm_rope
+from smalti.ops.attention import attention
+
+EPS = 1e-6
+
+
+class JointContext(NamedTuple):
+    """What all blocks of one call share.
+
+    Args:
+        activated: SiLU of the conditioning vector (B, D).
+        rope: rotary factors (L, d/2, 2).
+        mask: True = attend (B, 1, 1, L), or None.
+        backend: of `ops.attention`.
+    """
+
+    activated: Tensor
+    rope: Tensor
+    mask: Tensor | None
+    backend: str
+
+
+class Streams(NamedTuple):
+    """The two token streams: text (B, M, D) and image (B, N, D)."""
+
+    text: Tensor
+    image: Tensor
+
+
+def attend_qkv(qkv: Tensor, weight: Tensor, heads: int, context: JointContext) -> Tensor:
+    """Attention from fused projections.
+
+    Args:
+        qkv: queries, keys and values side by side (B, L, 3*D).
+        weight: norm weights of queries and keys (L or 1, 2, 1, d).
+        heads: h.
+        context: of the call.
+
+    Returns:
+        (B, L, D)
+    """
+    qk, v = qkv.unflatten(-1, (3, heads, -1)).split([2, 1], dim=2)  # (B, L, 2 | 1, h, d); one split, one cat backward
+    q, k = norm_rope(qk, weight, context.rope[:, None, None], EPS).unbind(2)  # (B, L, h, d)
+    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v.squeeze(2)))  # (B, h, L, d)
+    return attention(q, k, v, context.mask, backend=context.backend).transpose(1, 2).flatten(2)
+
+
+class StreamAttention(nn.Module):
+    """The projections of one stream: fused `to_qkv`, the norms of queries and keys, and `to_out`.
+
+    Args:
+        width: D.
+        head_dim: d.
+    """
+
+    def __init__(self, width: int, head_dim: int):
+        super().__init__()
+        self.to_qkv = nn.Linear(width, 3 * width)
+        self.norm_q = RMSNorm(head_dim, EPS)
+        self.norm_k = RMSNorm(head_dim, EPS)
+        self.to_out = nn.Linear(width, width)
+
+    def norm_weight(self) -> Tensor:
+        """Weights of both norms (1, 2, 1, d)."""
+        return torch.stack([self.norm_q.weight, self.norm_k.weight])[None, :, None]
+
+
+class DoubleBlock(nn.Module):
+    """Text and image streams with their own weights and one joint attention.
+
+    Args:
+        width: D = heads * head_dim.
+        heads: h.
+        ffn_ratio: hidden width of the feed-forward layers over D.
+    """
+
+    def __init__(self, width: int, heads: int, ffn_ratio: float = 4.0):
+        super().__init__()
+        self.heads = heads
+        self.modulation = Modulation(width, sublayers=2)
+        self.modulation_text = Modulation(width, sublayers=2)
+        self.attn = StreamAttention(width, width // heads)
+        self.attn_text = StreamAttention(width, width // heads)
+        self.ffn = FeedForward(width, ffn_ratio)
+        self.ffn_text = FeedForward(width, ffn_ratio)
+
+    def forward(self, text: Tensor, image: Tensor, context: JointContext) -> Streams:
+        """Text (B, M, D) and image (B, N, D) to the same shapes."""
+        image_attn, image_ffn = self.modulation(context.activated)
+        text_attn, text_ffn = self.modulation_text(context.activated)
+        length = text.shape[1]
+        text_qkv = self.attn_text.to_qkv(modulated_norm(text, text_attn.shift, text_attn.scale))
+        image_qkv = self.attn.to_qkv(modulated_norm(image, image_attn.shift, image_attn.scale))
+        weight = torch.cat(
+            [
+                self.attn_text.norm_weight().expand(length, -1, -1, -1),
+                self.attn.norm_weight().expand(image.shape[1], -1, -1, -1),
+            ]
+        )
+        joint = attend_qkv(torch.cat([text_qkv, image_qkv], dim=1), weight, self.heads, context)
+        text = gated_add(text, text_attn.gate, self.attn_text.to_out(joint[:, :length]))
+        image = gated_add(image, image_attn.gate, self.attn.to_out(joint[:, length:]))
+        image = gated_add(image, image_ffn.gate, self.ffn(modulated_norm(image, image_ffn.shift, image_ffn.scale)))
+        text = gated_add(text, text_ffn.gate, self.ffn_text(modulated_norm(text, text_ffn.shift, text_ffn.scale)))
+        return Streams(text, image)
+
+
+class SingleBlock(nn.Module):
+    """One joint stream; attention and feed-forward side by side under one gate.
+
+    Args:
+        width: D = heads * head_dim.
+        heads: h.
+        ffn_ratio: hidden width of the feed-forward layer over D.
+    """
+
+    def __init__(self, width: int, heads: int, ffn_ratio: float = 4.0):
+        super().__init__()
+        self.heads = heads
+        self.modulation = Modulation(width, sublayers=1)
+        self.attn = StreamAttention(width, width // heads)
+        self.ffn = FeedForward(width, ffn_ratio, bias_out=False)  # to_out has the bias of their sum
+
+    def forward(self, x: Tensor, context: JointContext) -> Tensor:
+        """The joint sequence (B, L, D), text first, to the same shape."""
+        (triple,) = self.modulation(context.activated)
+        normed = modulated_norm(x, triple.shift, triple.scale)
+        joint = attend_qkv(self.attn.to_qkv(normed), self.attn.norm_weight(), self.heads, context)
+        return gated_add(x, triple.gate, self.attn.to_out(joint) + self.ffn(normed))

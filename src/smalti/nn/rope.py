@@ -1,0 +1,103 @@
+"""Rotary positions for any number of axes and arbitrary real labels.
+
+Channel pairs (2i, 2i+1) of an axis with `dim` channels are turned by the angle `label * theta ** (-2i / dim)`:
+`(a, b) -> (a cos - b sin, b cos + a sin)`; the axes share the head's channels one after the other. The factors of a
+token are one float32 tensor (d/2, 2) of (cosine, sine), computed from angles in float64.
+
+Source: RoFormer (arXiv 2104.09864, eq. 15); several axes and interleaved pairs as in FLUX.1.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+def rope_factors(labels: Tensor, axes_dims: Sequence[int], theta: float = 10000.0) -> Tensor:
+    """Rotary factors of real position labels.
+
+    Args:
+        labels: positions (..., axes), any real numbers.
+        axes_dims: even number of channels of each axis; their sum is d.
+        theta: base of the wavelengths.
+
+    Returns:
+        (..., d/2, 2) float32: cosine and sine of every channel pair.
+
+    Raises:
+        ValueError: labels and axes do not fit, or a dim is odd.
+    """
+    if labels.shape[-1] != len(axes_dims) or any(dim % 2 for dim in axes_dims):
+        raise ValueError(f"got labels of {labels.shape[-1]} axes for even channel counts {tuple(axes_dims)}")
+    angles = []
+    for axis, dim in enumerate(axes_dims):
+        exponent = torch.arange(0, dim, 2, dtype=torch.float64, device=labels.device) / dim
+        angles.append(labels[..., axis, None].to(torch.float64) * theta**-exponent)
+    angle = torch.cat(angles, dim=-1)  # (..., d/2)
+    return torch.stack([angle.cos(), angle.sin()], dim=-1).float()
+
+
+def grid_labels(text_length: int, height: int, width: int, device: torch.device | None = None) -> Tensor:
+    """Labels (M + H*W, 3) of a text-first joint sequence: zeros for text, (0, row, column) for the image."""
+    rows = torch.arange(height, dtype=torch.float32, device=device)
+    columns = torch.arange(width, dtype=torch.float32, device=device)
+    row, column = torch.meshgrid(rows, columns, indexing="ij")
+    image = torch.stack([torch.zeros_like(row), row, column], dim=-1).flatten(0, 1)
+    return torch.cat([image.new_zeros(text_length, 3), image])
+
+
+def grid_rope(text_length: int, height: int, width: int, axes_dims: tuple[int, ...], device: torch.device) -> Tensor:
+    """`rope_factors` of `grid_labels` (M + H*W, d/2, 2), remembered; inside a compiled graph computed in place."""
+    if torch.compiler.is_compiling():
+        return rope_factors(grid_labels(text_length, height, width, device), axes_dims)
+    return _remembered_grid_rope(text_length, height, width, axes_dims, device)
+
+
+@lru_cache(maxsize=32)
+def _remembered_grid_rope(text_length: int, height: int, width: int, axes_dims: tuple[int, ...], device) -> Tensor:
+    with torch.inference_mode(False):  # a factor made in inference mode could not be saved for a later backward
+        return rope_factors(grid_labels(text_length, height, width, device), axes_dims)
+
+
+def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
+    """Turns the channel pairs of x, in float32.
+
+    Args:
+        x: (..., d), its last dim contiguous.
+        rope: factors (..., d/2, 2) that broadcast with the pairs of x.
+
+    Returns:
+        (..., d) in the dtype of x.
+    """
+    pairs = x.float().unflatten(-1, (-1, 2))
+    turned = _turn_plainly(pairs, rope) if torch.compiler.is_compiling() else _turn_as_complex(pairs, rope)
+    return turned.flatten(-2).to(x.dtype)
+
+
+def _turn_plainly(pairs: Tensor, rope: Tensor) -> Tensor:
+    """The formula; compilers fuse it, while they cannot fuse complex numbers."""
+    (a, b), (cos, sin) = pairs.unbind(-1), rope.unbind(-1)
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def _turn_as_complex(pairs: Tensor, rope: Tensor) -> Tensor:
+    """The same in one pass: a product of complex numbers."""
+    return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope))
+
+
+def norm_rope(x: Tensor, weight: Tensor, rope: Tensor, eps: float) -> Tensor:
+    """RMS norm over the channels, then rotation: `apply_rope(x / sqrt(mean(x^2) + eps) * weight, rope)`.
+
+    Args:
+        x: queries or keys (..., d).
+        weight: channel weights that broadcast with x.
+        rope: factors (..., d/2, 2) that broadcast with the pairs of x.
+        eps: added to the mean square.
+
+    Returns:
+        (..., d) in the dtype of x, computed in float32.
+    """
+    wide = x.float()
+    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return apply_rope(wide * (weight.float() * inverse), rope).to(x.dtype)

@@ -1,0 +1,1 @@
+"""What is learned: losses of denoisers and other models."""

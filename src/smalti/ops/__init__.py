@@ -1,0 +1,1 @@
+"""Tensor operations: pure functions, each fast path with a plain reference beside it."""

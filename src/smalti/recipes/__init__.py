@@ -1,0 +1,1 @@
+"""Complete trainings, each a module with `PRESETS` and `train`."""

@@ -1,0 +1,213 @@
+"""The model `emoji`: text to 64-pixel pictures in four drawing styles, from nothing.
+
+An autoencoder learns the pictures, all of them are encoded once, all captions are embedded once, and a joint-attention
+transformer learns flow matching on the latents. `cpu`: 8 x 8 tokens and the concepts of six topics, for two
+cores; `gpu`: 16 x 16 tokens, all concepts, skin tones too.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from smalti.backbones.mmdit import MMDiT
+from smalti.core.files import check_writable
+from smalti.core.protocols import TextEmbedding
+from smalti.data.emoji import STYLES, EmojiSet, captions, load_emoji
+from smalti.evaluation.sheet import sheet
+from smalti.objectives.flow_matching import FlowMatching
+from smalti.sampling.pipeline import TextToImagePipeline
+from smalti.sampling.schedulers import make_scheduler
+from smalti.tokenizers.conv_autoencoder import ConvAutoencoder
+from smalti.tokenizers.text_encoder import EmbeddingCache, MiniLMEncoder
+from smalti.training.autoencoder import encode_pictures, fit_autoencoder, reconstruction_psnr, shift_picture
+from smalti.training.config import TrainConfig
+from smalti.training.latent_source import LatentSource
+from smalti.training.trainer import Trainer
+from smalti.zoo.loader import save_model, settings_hash
+
+SHIFTS = ((0, 0), (2, 0), (-2, 0), (0, 2), (0, -2))
+TOPICS_CPU = ("smileys", "animals", "food", "hearts", "clocks", "weather")
+GRID_PROMPTS = (
+    "red apple", "green apple", "red heart", "blue heart", "cat face", "dog face", "slice of pizza", "three o'clock",
+    "grinning face", "crying face", "angry face", "sun", "cloud with rain", "banana", "fish", "a purple heart",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EmojiRecipe:
+    """Everything that decides the model.
+
+    Args:
+        topics: named subsets of the concepts that the transformer learns; none = all. The autoencoder learns all.
+        styles: drawing styles.
+        variant: of the data set: none = the one that ships, emoji-tones = with skin tones.
+        text_length: tokens of a prompt.
+        autoencoder: arguments of `ConvAutoencoder`.
+        autoencoder_training: its training.
+        transformer: arguments of `MMDiT`; channels, text widths and labels follow from the rest.
+        training: the transformer's training.
+        objective: path, times and weights of the transformer's loss.
+        guidance: default guidance scale of the pipeline.
+    """
+
+    topics: tuple[str, ...] | None
+    autoencoder: dict[str, Any]
+    autoencoder_training: TrainConfig
+    transformer: dict[str, Any]
+    training: TrainConfig
+    styles: tuple[str, ...] = STYLES
+    variant: str | None = None
+    text_length: int = 16
+    objective: FlowMatching = field(default_factory=FlowMatching)
+    guidance: float = 3.0
+
+
+PRESETS = {
+    "cpu": EmojiRecipe(
+        topics=TOPICS_CPU,
+        autoencoder={"factor": 8, "latent_channels": 16},
+        autoencoder_training=TrainConfig(steps=2500, batch=16, learning_rate=2e-3, warmup=50, decay="linear-cooldown", ema=0.99),
+        transformer={"num_double": 1, "num_single": 4, "heads": 6, "head_dim": 32, "axes_dims_rope": (8, 12, 12)},
+        training=TrainConfig(
+            steps=4000, batch=64, learning_rate=1.5e-3, optimizer="muon", warmup=100,
+            decay="linear-cooldown", ema=0.998, compile=True, sample_every=400, eval_every=200, save_every=200,
+        ),
+    ),
+    "gpu": EmojiRecipe(
+        topics=None,
+        variant="emoji-tones",
+        autoencoder={"factor": 4, "latent_channels": 8, "widths": (48, 128), "encoder_blocks": (1, 1), "decoder_blocks": (2, 2)},
+        autoencoder_training=TrainConfig(steps=3000, batch=16, learning_rate=2e-3, warmup=50, decay="linear-cooldown", ema=0.99),
+        transformer={"num_double": 1, "num_single": 5, "heads": 8, "head_dim": 32, "axes_dims_rope": (8, 12, 12)},
+        training=TrainConfig(
+            steps=30000, batch=512, learning_rate=1.5e-3, optimizer="muon", warmup=500,
+            decay="linear-cooldown", ema=0.9995, precision="bf16", compile=True, sample_every=1000, eval_every=500,
+        ),
+    ),
+}  # fmt: skip
+
+
+def train(recipe: EmojiRecipe, out: Path, resume: bool = False) -> Path:
+    """Trains autoencoder and transformer and writes the pipeline.
+
+    Args:
+        recipe: one of `PRESETS`, or one's own.
+        out: folder for everything: `autoencoder`, `transformer` (log, checkpoints, samples), `model` (the result).
+        resume: go on where an earlier call in `out` was stopped.
+
+    Returns:
+        The folder of the model.
+    """
+    check_writable(out)
+    autoencoder = train_autoencoder(recipe, out, resume)
+    pictures = load_emoji("train", styles=recipe.styles, topics=recipe.topics, variant=recipe.variant)
+    held_out = load_emoji("held-out", styles=recipe.styles, topics=recipe.topics, variant=recipe.variant)
+    encoder = EmbeddingCache(MiniLMEncoder(length=recipe.text_length), out / "cache" / "text")
+    source = latent_source(autoencoder, pictures, encoder, recipe.styles, SHIFTS)
+    unseen = latent_source(autoencoder, held_out, encoder, recipe.styles)
+    torch.manual_seed(recipe.training.seed)
+    pipe = TextToImagePipeline(
+        transformer=build_transformer(recipe, encoder.width),
+        autoencoder=autoencoder,
+        scheduler=make_scheduler("euler"),
+        text_encoder="minilm",
+        text_length=recipe.text_length,
+        styles=list(recipe.styles),
+        default_guidance=recipe.guidance,
+    )
+
+    def draw(ema_model: MMDiT, step: int, folder: Path) -> None:
+        pipe.register_modules(transformer=ema_model)
+        draw_grid(pipe, recipe.styles).save(folder / f"step-{step:06d}.png")
+
+    card = {"recipe": "emoji", "settings": asdict(recipe), "data_hash": pictures.hash}
+    trainer = Trainer(
+        pipe.transformer, recipe.objective, source, recipe.training, out / "transformer",
+        held_out=unseen, on_sample=draw, description=card,
+    )  # fmt: skip
+    report = trainer.fit(resume=resume)
+    pipe.register_modules(transformer=trainer.ema_model.eval())
+    card |= {"settings_hash": settings_hash(card["settings"]), "images_seen": report.steps * recipe.training.batch}
+    return save_model(pipe, out / "model", card, torch.bfloat16)
+
+
+def train_autoencoder(recipe: EmojiRecipe, out: Path, resume: bool = False) -> ConvAutoencoder:
+    """The trained autoencoder of `out / "autoencoder"`; trains it on all concepts if it is not there yet."""
+    folder = out / "autoencoder"
+    if (folder / "config.json").is_file():
+        return ConvAutoencoder.from_pretrained(folder).eval()
+    torch.manual_seed(recipe.autoencoder_training.seed)
+    model = ConvAutoencoder(**recipe.autoencoder)
+    pictures = load_emoji("train", styles=recipe.styles)
+    fit_autoencoder(model, pictures, recipe.autoencoder_training, out / "autoencoder-training", resume=resume)
+    held_out = load_emoji("held-out", styles=recipe.styles)
+    print(f"autoencoder: {reconstruction_psnr(model, held_out):.2f} dB on {len(held_out)} held-out pictures")
+    model.save_pretrained(folder)
+    return model
+
+
+def build_transformer(recipe: EmojiRecipe, text_width: int) -> MMDiT:
+    """The untrained transformer."""
+    return MMDiT(
+        in_channels=recipe.autoencoder["latent_channels"],
+        text_dim=text_width,
+        pooled_dim=text_width,
+        num_labels=len(recipe.styles),
+        **recipe.transformer,
+    )
+
+
+def latent_source(
+    autoencoder: ConvAutoencoder,
+    pictures: EmojiSet,
+    encoder: EmbeddingCache,
+    styles: Sequence[str],
+    shifts: Sequence[tuple[int, int]] = ((0, 0),),
+) -> LatentSource:
+    """Latents of the pictures (once for each shift), embeddings of all their captions, styles as labels."""
+    texts, rows, first = [], {}, []
+    for item in pictures.items:
+        phrasings = captions(item)
+        if item.key not in rows:
+            rows[item.key] = (len(texts), len(texts) + len(phrasings))
+            texts += phrasings
+        first.append(rows[item.key])
+    views = []
+    with tqdm(total=len(shifts) * len(pictures), desc="encoding pictures", unit="picture") as bar:
+        for down, right in shifts:
+
+            def pixels(indices: Sequence[int], down: int = down, right: int = right) -> Tensor:
+                return torch.stack([shift_picture(p, down, right) for p in pictures.pixels(indices)])
+
+            views.append([encode_pictures(autoencoder, pixels, len(pictures), bar.update).half()])
+    return LatentSource(
+        latents=views[0],
+        variants=views[1:],
+        text=embed([*texts, ""], encoder),
+        phrasings=torch.tensor(first),
+        labels=torch.tensor([list(styles).index(item.style) for item in pictures.items]),
+        dropped_label=len(styles),
+    )
+
+
+def embed(texts: Sequence[str], encoder: EmbeddingCache) -> TextEmbedding:
+    """Embeddings of many texts in float16, with a progress bar."""
+    parts = []
+    for start in tqdm(range(0, len(texts), 256), desc="embedding captions", unit="batch"):
+        parts.append(encoder.encode(list(texts[start : start + 256])).to(torch.float16))
+    return TextEmbedding.cat(parts)
+
+
+def draw_grid(pipe: TextToImagePipeline, styles: Sequence[str], prompts: Sequence[str] = GRID_PROMPTS):
+    """A sheet of all prompts, the styles taking turns, always from the same seeds."""
+    generators = [torch.Generator().manual_seed(index) for index in range(len(prompts))]
+    chosen = [styles[index % len(styles)] for index in range(len(prompts))]
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(list(prompts), style=chosen, generator=generators).images
+    pipe.set_progress_bar_config(disable=False)
+    return sheet(images, [f"{prompt}, {style}" for prompt, style in zip(prompts, chosen, strict=True)])

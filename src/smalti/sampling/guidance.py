@@ -1,0 +1,82 @@
+"""Classifier-free guidance, limited to an interval of time if wanted.
+
+`velocity = u + scale * (c - u)` with the velocities c of the conditional and u of the unconditional branch. Outside
+the interval [low, high] of t only the conditional branch runs: guidance at high noise costs variety, at low noise it
+does little, and each step outside saves half its work.
+
+Source: classifier-free guidance (arXiv 2207.12598, equation 6 with scale = 1 + w); interval (arXiv 2404.07724).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from smalti.core.errors import UserError
+from smalti.core.protocols import Cond, Denoiser
+
+BoundDenoiser = Callable[[Tensor, float], Tensor]
+"""A denoiser with its conditioning bound: `(x (B, ...), t) -> velocity (B, ...)`, one t for all samples."""
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How strongly the prompt pulls, and when.
+
+    Args:
+        scale: 1 = conditional branch alone, 0 = unconditional, above 1 = guidance.
+        interval: (low, high), the times in [0, 1] between which guidance acts, both included.
+        is_batched: both branches go through the model as one batch of 2B rows (unconditional first); else in turn.
+
+    Raises:
+        UserError: the scale is not a finite number, or the interval is not within [0, 1].
+    """
+
+    scale: float = 1.0
+    interval: tuple[float, float] = (0.0, 1.0)
+    is_batched: bool = True
+
+    def __post_init__(self):
+        if not math.isfinite(self.scale) or self.scale < 0:
+            raise UserError(f"got a guidance scale of {self.scale}; choose a number of at least 0 (1 = off)")
+        if len(self.interval) != 2 or not 0 <= self.interval[0] <= self.interval[1] <= 1:
+            raise UserError(f"got a guidance interval of {self.interval}; choose (low, high) within [0, 1]")
+
+    def acts_at(self, t: float) -> bool:
+        """Whether both branches are needed at time t."""
+        return self.scale != 1 and self.interval[0] <= t <= self.interval[1]
+
+
+def bind(denoiser: Denoiser, cond: Cond, uncond: Cond | None = None, guidance: Guidance | None = None) -> BoundDenoiser:
+    """Binds conditioning and guidance to a denoiser.
+
+    Args:
+        denoiser: `(x (B, ...), t (B,), cond) -> velocity (B, ...)`.
+        cond: conditioning of B samples.
+        uncond: conditioning of the unconditional branch, with the same fields; needed if guidance acts.
+        guidance: None = the conditional branch alone.
+
+    Returns:
+        `(x, t) -> velocity` for a solver.
+
+    Raises:
+        UserError: guidance is asked for without an unconditional branch.
+    """
+    guidance = guidance or Guidance()
+    if guidance.scale != 1 and uncond is None:
+        raise UserError(f"guidance of {guidance.scale} needs an unconditional branch; give one, or choose a scale of 1")
+    both = Cond.cat([uncond, cond]) if uncond is not None and guidance.scale != 1 and guidance.is_batched else None
+
+    def velocity(x: Tensor, t: float) -> Tensor:
+        times = torch.full((x.shape[0],), t, device=x.device, dtype=torch.float32)
+        if uncond is None or not guidance.acts_at(t):
+            return denoiser(x, times, cond)
+        if both is not None:
+            without, given = denoiser(torch.cat([x, x]), torch.cat([times, times]), both).chunk(2)
+        else:
+            without, given = denoiser(x, times, uncond), denoiser(x, times, cond)
+        return without + guidance.scale * (given - without)
+
+    return velocity

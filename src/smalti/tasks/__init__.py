@@ -1,0 +1,1 @@
+"""Whole tasks, as the command line and the page offer them."""

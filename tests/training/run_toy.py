@@ -1,0 +1,43 @@
+"""A toy training in a process of its own: `python run_toy.py OUT key=json ...`, alone or under torchrun."""
+
+import json
+import os
+import resource
+import sys
+from pathlib import Path
+
+import torch
+from toy_training import ToyDenoiser, ToySource
+
+from smalti.core.errors import UserError
+from smalti.objectives.flow_matching import FlowMatching
+from smalti.training.config import TrainConfig
+from smalti.training.trainer import Trainer, TrainReport
+
+torch.set_num_threads(1)
+
+
+def train(out: Path, **settings) -> TrainReport:
+    """Trains or resumes; settings of model and source are taken out, the rest makes the `TrainConfig`."""
+    model = {key: settings.pop(key) for key in ("dropout", "width", "unused") if key in settings}
+    source = {key: settings.pop(key) for key in ("broken", "delay", "count") if key in settings}
+    torch.manual_seed(0)
+    config = TrainConfig(**{"steps": 50, "batch": 16, "log_every": 1, **settings})
+    trainer = Trainer(ToyDenoiser(**model), FlowMatching(), ToySource(**source), config, out)
+    return trainer.fit(resume=True)
+
+
+def run(out: Path, settings: dict, environment: dict[str, str], largest_file: int | None = None) -> None:
+    """Entry of a started process: as the command line does, a `UserError` is one line and status 2."""
+    os.environ.update(environment)
+    if largest_file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    try:
+        train(out, **settings)
+    except UserError as error:
+        (out / f"error.{os.environ.get('RANK', '0')}").write_text(str(error))
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]), {key: json.loads(value) for key, value in (a.split("=", 1) for a in sys.argv[2:])}, {})
