@@ -4,10 +4,13 @@ Exit status: 0 done, 1 a claim does not hold, 2 the user's input is at fault (on
 Everything heavy is imported inside the commands, so that `smalti --help` answers at once.
 """
 
+import errno
 import json
 import os
+import shlex
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +20,6 @@ from smalti.core.errors import UserError
 
 app = typer.Typer(
     help="The toolkit for diffusion transformers.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -25,19 +27,31 @@ app = typer.Typer(
 data_app = typer.Typer(help="Data sets: list them, or get one.", invoke_without_command=True)
 app.add_typer(data_app, name="data")
 
-# Typer carries a copy of click since 0.26 and names only this one of its errors; its base is what click raises for bad usage.
+# Typer carries its own copy of click and names only this one of its errors; the base is what bad usage raises.
 _USAGE_ERROR = typer.BadParameter.__bases__[0]
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Settings = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; dots reach inside.")]
 
 
+FOLDER_RECIPE = "folder"
+QUIET = {"HF_HUB_OFFLINE": "1", "DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def main() -> None:
     """Runs the command line and turns a user's mistake into one line and status 2."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    for name, value in {
+        "HF_HUB_OFFLINE": "1",
+        "DIFFUSERS_VERBOSITY": "error",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }.items():
+        os.environ.setdefault(name, value)
+    warnings.simplefilter("ignore")  # a user can act on our own warnings alone
+    warnings.filterwarnings("default", module="smalti")
     warnings.showwarning = lambda message, *rest: print(f"smalti: {message}", file=sys.stderr)
     try:
-        status = app(standalone_mode=False)
+        status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except UserError as error:
         _fail(str(error))
     except _USAGE_ERROR as error:
@@ -46,11 +60,16 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(141)
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        _fail(f"cannot write {error.filename or 'a file'}: {error.strerror}; free some space or choose another place")
     sys.exit(status if isinstance(status, int) else 0)
 
 
 def _fail(message: str) -> None:
-    print(f"smalti: {' '.join(message.split())}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    print(f"smalti{'' if rank == '0' else f' (process {rank})'}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -87,7 +106,7 @@ def generate(
 
 @app.command()
 def train(
-    recipe: Annotated[str | None, typer.Option(help="A recipe of the package; see smalti models.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="A recipe of the package, such as emoji.")] = None,
     data: Annotated[Path | None, typer.Option(help="A folder of pictures of one's own.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for everything that the training writes.")] = Path("runs/train"),
     preset: Annotated[str, typer.Option(help="Preset of the recipe: cpu or gpu.")] = "cpu",
@@ -101,28 +120,47 @@ def train(
     from smalti.core.discovery import load_member
     from smalti.core.errors import unknown_name
     from smalti.core.settings import override
+    from smalti.training.messages import is_main
 
     if (recipe is None) == (data is None):
         raise UserError("give either --recipe NAME or --data FOLDER")
     if recipe is not None and (size is not None or tokenizer is not None):
         raise UserError("--size and --tokenizer go with --data; a recipe has its own")
-    module = load_member("recipes", "folder" if recipe is None else recipe)
-    if not hasattr(module, "PRESETS"):
-        raise unknown_name("recipe", str(recipe), _recipes())
+    module = load_member("recipes", FOLDER_RECIPE) if recipe is None else _recipe(recipe)
     if preset not in module.PRESETS:
         raise unknown_name("preset", preset, module.PRESETS)
     chosen = module.PRESETS[preset]
     if data is not None:
-        pairs = {"data": data, "size": size, "tokenizer": tokenizer}
-        settings = [*(f"{key}={value}" for key, value in pairs.items() if value is not None), *settings]
+        chosen = replace(chosen, data=str(data), tokenizer=None if tokenizer is None else str(tokenizer))
+        chosen = chosen if size is None else replace(chosen, size=size)
     folder = module.train(override(chosen, list(settings)), out, resume)
-    _print({"model": str(folder)}, as_json, f"{folder}\nsmalti generate PROMPT --model {folder}")
+    if is_main():
+        _print({"model": str(folder)}, as_json, f"{folder}\n{_how_to_draw(folder)}".rstrip())
 
 
-def _recipes() -> list[str]:
+def _recipe(name: str) -> Any:
+    """The module of a recipe; only modules with presets are recipes, the others of the stage belong to them."""
     from smalti.core.discovery import load_member, members
+    from smalti.core.errors import unknown_name
 
-    return [name for name in members("recipes") if hasattr(load_member("recipes", name), "PRESETS")]
+    if name != FOLDER_RECIPE and name.replace("-", "_") in members("recipes"):
+        module = load_member("recipes", name)
+        if hasattr(module, "PRESETS"):
+            return module
+    known = [one for one in members("recipes") if hasattr(load_member("recipes", one), "PRESETS")]
+    raise unknown_name("recipe", name, [one.replace("_", "-") for one in known if one != FOLDER_RECIPE])
+
+
+def _how_to_draw(folder: Path) -> str:
+    """The command that draws with a new model; nothing if it draws no pictures."""
+    from smalti.core.files import read_json
+
+    if not (folder / "model_index.json").is_file():
+        return ""
+    index = read_json(folder / "model_index.json")
+    prompt = '"A PROMPT" ' if index["text_encoder"] else ""
+    style = f" --style {shlex.quote(index['styles'][0])}" if index["styles"] else ""
+    return f"smalti generate {prompt}--model {shlex.quote(str(folder))}{style}"
 
 
 @app.command()
@@ -139,7 +177,7 @@ def models(as_json: Json = False) -> None:
         lines.append(
             f"{name}  recipe {card['recipe']}, {card['date']}, {card['hardware']}" + (f"\n    {facts}" if facts else "")
         )
-    _print(cards, as_json, "\n".join(lines))
+    _print(cards, as_json, "\n".join(lines or ["no model ships with this installation"]))
 
 
 @data_app.callback()
@@ -149,11 +187,10 @@ def data(context: typer.Context, as_json: Json = False) -> None:
         from smalti.data.catalog import datasets
 
         found = datasets()
-        lines = [
-            f"{d.name:14} {'here' if d.is_present() else 'smalti data get ' + d.name:28} {d.summary} ({d.licence})"
-            for d in found
+        rows = [
+            f"{one.name:14} {'ready' if one.is_ready else 'to get':7} {one.summary} ({one.licence})" for one in found
         ]
-        _print([d.describe() for d in found], as_json, "\n".join(lines))
+        _print([one.as_json() for one in found], as_json, "\n".join(rows))
 
 
 @data_app.command("get")
@@ -161,7 +198,7 @@ def data_get(name: str, as_json: Json = False) -> None:
     """Fetch and prepare a data set; its licences lie beside it."""
     from smalti.data.catalog import get
 
-    path = get(name)
+    path = get(name, progress=True)
     _print({"name": name, "path": str(path)}, as_json, str(path))
 
 
@@ -172,8 +209,8 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Run a benchmark and print its figures."""
+    from smalti.core.discovery import load_benchmark
     from smalti.core.settings import override
-    from smalti.recipes.benchmarks import load_benchmark
 
     module = load_benchmark(name)
     result = module.run(override(module.Settings(), list(settings)))
@@ -190,3 +227,7 @@ def doctor(as_json: Json = False) -> None:
     _print(checks, as_json, "\n".join(lines))
     if not all(check["ok"] for check in checks if check["required"]):
         raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    main()

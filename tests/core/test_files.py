@@ -1,7 +1,7 @@
 import pytest
 
 from smalti.core.errors import UserError
-from smalti.core.files import atomic_file, atomic_folder, check_writable, file_hash, read_json, write_json
+from smalti.core.files import atomic_file, atomic_folder, check_creatable, check_writable, file_hash, read_json, write_json
 
 
 def test_a_file_is_whole_or_absent(tmp_path):
@@ -52,3 +52,16 @@ def test_torn_json(tmp_path):
 def test_hash(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     assert file_hash(tmp_path / "a").startswith("ba7816bf")
+
+
+def test_a_place_is_proved_without_a_trace(tmp_path):
+    check_creatable(tmp_path / "new" / "deep" / "a.png")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("in the way")
+    for path, message in [
+        (tmp_path / "file" / "a.png", "Not a directory"),
+        (tmp_path, "is a folder"),
+        (tmp_path / ("x" * 300 + ".png"), "too long"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            check_creatable(path)

@@ -47,3 +47,30 @@ def test_values_take_the_type_of_what_they_replace():
 def test_mistakes_are_named(pair, message):
     with pytest.raises(UserError, match=message.replace("[", r"\[")):
         override(Outer(), [pair])
+
+
+@dataclass(frozen=True)
+class Limited:
+    steps: int = 100
+    warmup: int = 50
+    precision: str = "no"
+
+    def __post_init__(self):
+        if self.warmup > self.steps:
+            raise UserError("warmup is above steps")
+
+
+def test_pairs_are_applied_at_once():
+    assert override(Limited(), ["steps=20", "warmup=5"]) == Limited(20, 5)
+    with pytest.raises(UserError, match="warmup is above"):
+        override(Limited(), ["steps=20"])
+
+
+def test_words_that_yaml_reads_otherwise():
+    assert override(Limited(precision="bf16"), ["precision=no"]).precision == "no"
+    assert override(Outer(limit=1.0), ["limit=none"]).limit is None
+
+
+def test_values_of_the_wrong_kind_are_one_line():
+    with pytest.raises(UserError, match="cannot be used"):
+        override(Limited(), ["warmup=null"])

@@ -49,6 +49,16 @@ def test_same_seed_same_judge(judge):
     assert all(torch.equal(a, b) for a, b in zip(judge.state_dict().values(), again.state_dict().values()))
 
 
+def test_several_captions_of_a_picture():
+    features, text, concepts = world(100)
+    unrelated = torch.randn_like(text)
+    mixed = train_judge(features, torch.stack([text, text + 0.1 * unrelated], 1), concepts, SETTINGS, **TINY)
+    held_out = world(40, seed=1)
+    assert report(mixed, *held_out).first > 0.6
+    wrong = train_judge(features, torch.stack([unrelated, -unrelated], 1), concepts, SETTINGS, **TINY)
+    assert report(wrong, *held_out).first < 0.3
+
+
 def test_saved_judge_gives_the_same_scores(judge, tmp_path):
     judge.save_pretrained(tmp_path)
     features, text, _ = world(5)

@@ -64,7 +64,7 @@ def test_weight_and_shift_act():
 
 
 def test_the_best_linear_denoiser_of_normal_samples_is_the_known_one():
-    """For x0 ~ N(0, s^2) at one time, the velocity that minimises the loss is `xt * (t - (1 - t) s^2) / ((1 - t)^2 s^2 + t^2)`."""
+    """For x0 ~ N(0, s^2), `v = xt * (t - (1 - t) s^2) / ((1 - t)^2 s^2 + t^2)` minimises the loss at t."""
     count, s, time = 20000, 0.5, 0.3
     x0 = s * torch.randn(count, 1, generator=torch.Generator().manual_seed(0))
     batch = Batch(x0, Cond(), torch.arange(count))

@@ -49,7 +49,8 @@ def flux_to_mmdit(
         axes_dims_rope = axes_dims_rope or tuple(source.config.axes_dims_rope)  # type: ignore[attr-defined]
         source = source.state_dict()
     config = _config_of(source, patch_size, axes_dims_rope or FLUX_AXES)
-    model = MMDiT(**config)
+    with torch.device("meta"):
+        model = MMDiT(**config)
     weights: dict[str, Tensor] = {}
     used: set[str] = set()
     for pair in _pairs(config["num_double"], config["num_single"], config["guidance_embeds"]):
@@ -78,17 +79,18 @@ def mmdit_to_flux(model: MMDiT) -> FluxTransformer2DModel:
         raise UserError(
             f"Flux has ffn_ratio {FLUX_FFN_RATIO}, this model {config['ffn_ratio']}; train one with the former"
         )
-    flux = FluxTransformer2DModel(
-        in_channels=config["in_channels"] * config["patch_size"] ** 2,
-        num_layers=config["num_double"],
-        num_single_layers=config["num_single"],
-        attention_head_dim=config["head_dim"],
-        num_attention_heads=config["heads"],
-        joint_attention_dim=config["text_dim"],
-        pooled_projection_dim=config["pooled_dim"],
-        guidance_embeds=config["guidance_embeds"],
-        axes_dims_rope=tuple(config["axes_dims_rope"]),
-    )
+    with torch.device("meta"):
+        flux = FluxTransformer2DModel(
+            in_channels=config["in_channels"] * config["patch_size"] ** 2,
+            num_layers=config["num_double"],
+            num_single_layers=config["num_single"],
+            attention_head_dim=config["head_dim"],
+            num_attention_heads=config["heads"],
+            joint_attention_dim=config["text_dim"],
+            pooled_projection_dim=config["pooled_dim"],
+            guidance_embeds=config["guidance_embeds"],
+            axes_dims_rope=tuple(config["axes_dims_rope"]),
+        )
     ours, weights = model.state_dict(), {}
     for pair in _pairs(config["num_double"], config["num_single"], config["guidance_embeds"]):
         missing = [name for name in pair.ours if name not in ours]

@@ -18,8 +18,9 @@ from torch.nn import functional as F
 from smalti.core.errors import UserError
 from smalti.core.protocols import Cond
 from smalti.nn.embeddings import LabelEmbedder, TimeEmbedder, VectorEmbedder
+from smalti.nn.initialise import draw_weights
 from smalti.nn.joint_blocks import DoubleBlock, JointContext, SingleBlock
-from smalti.nn.modulation import FinalNorm, zero_modulation
+from smalti.nn.modulation import FinalNorm
 from smalti.nn.patchify import patchify, unpatchify
 from smalti.nn.rope import grid_rope
 
@@ -88,7 +89,8 @@ class MMDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.single_blocks = nn.ModuleList(SingleBlock(width, heads, ffn_ratio) for _ in range(num_single))
         self.final_norm = FinalNorm(width)
         self.proj_out = nn.Linear(width, in_channels * patch_size**2)
-        self.reset_weights()
+        embedders = (self.time_embedder, self.pooled_embedder, self.guidance_embedder, self.label_embedder)
+        draw_weights(self, embedders)
 
     @classmethod
     def tiny(cls) -> "MMDiT":
@@ -104,20 +106,6 @@ class MMDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
             num_labels=3,
             axes_dims_rope=(2, 2, 4),
         )
-
-    def reset_weights(self) -> None:
-        """Draws fresh weights: Xavier for linear layers, normal 0.02 for embedders, zero for modulation and output."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        for embedder in (self.time_embedder, self.pooled_embedder, self.guidance_embedder, self.label_embedder):
-            for name, parameter in embedder.named_parameters() if embedder is not None else ():
-                if name.endswith("weight"):
-                    nn.init.normal_(parameter, std=0.02)
-        zero_modulation(self)
-        nn.init.zeros_(self.proj_out.weight)
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """Predicts the velocity.

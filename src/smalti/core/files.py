@@ -53,6 +53,7 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         for file in temporary.rglob("*"):
             if file.is_file():
                 _sync(file)
+                file.chmod(0o644)  # safetensors writes for its owner alone
         temporary.chmod(0o755)
         if path.exists():
             retired = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent)) / path.name
@@ -79,6 +80,25 @@ def check_writable(folder: Path | str) -> Path:
             return folder
     except OSError as error:
         raise UserError(f"cannot write into {folder}: {error.strerror or error}; choose another folder") from error
+
+
+def check_creatable(path: Path | str) -> Path:
+    """Proves that the file `path` could be written and leaves nothing behind: missing folders are not made.
+
+    Raises:
+        UserError: it is a folder, or its place cannot be written.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; name a file in it")
+        folder = path.absolute().parent
+        while not folder.exists():
+            folder = folder.parent
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{path.name}."):
+            return path
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
 
 
 def write_json(path: Path | str, content: Any) -> None:

@@ -1,4 +1,4 @@
-"""Which data sets can be had: those that members of this stage offer in a `DATASETS` mapping (name -> `DatasetInfo`)."""
+"""Which data sets can be had: what members of this stage offer in a `DATASETS` mapping (name -> `DatasetInfo`)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -222,10 +222,11 @@ def _chosen(
     """Indices of the items that meet every condition; each name must be known."""
     if split not in SPLITS:
         raise unknown_name("split", split, SPLITS)
+    wanted = {attribute: [names] if isinstance(names, str) else names for attribute, names in wanted.items()}
+    topics = [topics] if isinstance(topics, str) else topics
     for topic in topics or ():
         if topic not in TOPICS:
             raise unknown_name("topic", topic, TOPICS)
-    wanted = {attribute: [names] if isinstance(names, str) else names for attribute, names in wanted.items()}
     for attribute, names in wanted.items():
         known = {getattr(item, attribute) for item in items}
         for name in names or ():

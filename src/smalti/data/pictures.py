@@ -35,8 +35,7 @@ def read_picture(path: Path) -> Image.Image:
             with Image.open(path, formats=FORMATS) as file:
                 if file.width * file.height > LARGEST_PIXELS:
                     raise UnreadablePicture(f"too large: {file.width} x {file.height} pixels")
-                file.load()
-                return _on_white(ImageOps.exif_transpose(file))
+                return _on_white(ImageOps.exif_transpose(file))  # decodes the whole file
     except UnreadablePicture:
         raise
     except Exception as error:  # damaged files make decoders raise anything: OSError, SyntaxError, struct.error, ...

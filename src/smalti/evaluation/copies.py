@@ -1,8 +1,8 @@
 """Whether a model copies its training pictures: nearest neighbours in feature space.
 
 A sample counts as a copy when it is nearer to some training picture than all but one percent of the training pictures
-are to their own nearest neighbour among the others. On training pictures the share is one percent by this definition,
-and near duplicates among them (skin tones, clock faces) make the threshold stricter. Distances are Euclidean.
+are to their own nearest neighbour among the others. If concepts are given, "the others" are pictures of other concepts:
+sets may hold one drawing twice, and without this its distance of zero would be the threshold. Distances are Euclidean.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class CopyReport:
 
     Args:
         share: share of samples below the threshold, in [0, 1].
-        threshold: 1st percentile of the distances from training pictures to their nearest other training picture.
+        threshold: 1st percentile of the distances from training pictures to their nearest other one.
         median_to_train: median distance of samples to their nearest training picture.
         median_between_train: median distance of training pictures to their nearest other training picture.
         median_train_pair: median distance of two training pictures.
@@ -42,19 +42,26 @@ class CopyReport:
         return self.median_to_train < self.median_between_train
 
 
-def copy_report(samples: Tensor, train: Tensor) -> CopyReport:
-    """Statistics of sample features (N, D) against training features (M, D), M >= 2.
+def copy_report(samples: Tensor, train: Tensor, concepts: Tensor | None = None) -> CopyReport:
+    """Statistics of samples against training pictures.
+
+    Args:
+        samples: features (N, D), N >= 1.
+        train: features (M, D), M >= 2.
+        concepts: concept of each training picture (M,) long; pictures of one concept are no neighbours of each other.
 
     Raises:
-        UserError: a set is too small, or the widths differ.
+        UserError: a set is too small, or the shapes do not fit.
     """
-    if len(samples) < 1 or len(train) < 2 or samples.shape[1:] != train.shape[1:]:
+    concepts = torch.arange(len(train)) if concepts is None else concepts
+    fits = samples.shape[1:] == train.shape[1:] and len(concepts) == len(train)
+    if len(samples) < 1 or len(concepts.unique()) < 2 or not fits:
         raise UserError(
-            f"got features of shapes {tuple(samples.shape)} and {tuple(train.shape)}; "
-            "give at least 1 sample and 2 training pictures of equal width"
+            f"got features of shapes {tuple(samples.shape)} and {tuple(train.shape)} and {len(concepts)} concepts; "
+            "give at least 1 sample and 2 training pictures of equal width and of different concepts"
         )
     distance, index = nearest(samples, train)
-    between, _ = nearest(train, train, skip_self=True)
+    between, _ = nearest(train, train, (concepts, concepts))
     threshold = torch.quantile(between, QUANTILE)
     return CopyReport(
         share=float((distance < threshold).float().mean()),
@@ -66,21 +73,20 @@ def copy_report(samples: Tensor, train: Tensor) -> CopyReport:
     )
 
 
-def nearest(features: Tensor, reference: Tensor, skip_self: bool = False) -> tuple[Tensor, Tensor]:
+def nearest(features: Tensor, reference: Tensor, groups: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """Distance (N,) and index (N,) of the nearest reference (M, D) of each feature (N, D).
 
     Args:
         features: what is asked about.
         reference: where neighbours are looked for.
-        skip_self: both sets are the same, and no feature is its own neighbour.
+        groups: group of each feature (N,) and of each reference (M,); neighbours of the same group do not count.
     """
     reference = reference.double()  # products of float32 would blur distances between near duplicates
     distances, indices = [], []
     for start in range(0, len(features), CHUNK):
         rows = torch.cdist(features[start : start + CHUNK].double(), reference)
-        if skip_self:
-            own = torch.arange(start, start + len(rows))
-            rows[own - start, own] = torch.inf
+        if groups is not None:
+            rows[groups[0][start : start + CHUNK, None] == groups[1]] = torch.inf
         least = rows.min(1)
         distances.append(least.values)
         indices.append(least.indices)

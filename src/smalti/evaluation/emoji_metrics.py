@@ -14,13 +14,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from smalti.core.errors import UserError
-from smalti.core.seeds import generators_for
 from smalti.data.emoji import EmojiSet, load_emoji
 from smalti.evaluation.copies import copy_report
 from smalti.evaluation.features import EfficientNetLite0
 from smalti.evaluation.frechet import METRIC, frechet_distance
 from smalti.evaluation.judges import RetrievalJudge, judge_report
 from smalti.evaluation.sheet import from_images, sheet, to_images
+from smalti.sampling.pictures import draw_pictures
 from smalti.sampling.pipeline import TextToImagePipeline
 from smalti.tokenizers.text_encoder import MiniLMEncoder
 from smalti.zoo.loader import ZOO
@@ -28,7 +28,7 @@ from smalti.zoo.loader import ZOO
 JUDGE = "judge-emoji"
 JUDGE_TEXT_LENGTH = 32
 BLUR = 2.0
-BATCH = 25
+BATCH = 32
 SEED = 1000
 
 
@@ -53,21 +53,13 @@ def spread(items: int, count: int) -> list[int]:
 
 def draw_captions(pipe: TextToImagePipeline, pictures: EmojiSet, steps: int, guidance: float | None = None) -> Tensor:
     """Pixels (N, 3, H, W) in [-1, 1] drawn from the label and style of every picture; the seed is its index."""
-    parts = []
-    pipe.set_progress_bar_config(disable=True)
+    drawn = []
     for start in tqdm(range(0, len(pictures), BATCH), desc="drawing", unit="batch"):
         items = pictures.items[start : start + BATCH]
-        generators = generators_for([SEED + start + offset for offset in range(len(items))])
-        images = pipe(
-            [item.label for item in items],
-            style=[item.style for item in items],
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            generator=generators,
-        ).images
-        parts.append(from_images(images))
-    pipe.set_progress_bar_config(disable=None)
-    return torch.cat(parts)
+        seeds = range(SEED + start, SEED + start + len(items))
+        labels, styles = [item.label for item in items], [item.style for item in items]
+        drawn += draw_pictures(pipe, labels, styles, seeds, num_inference_steps=steps, guidance_scale=guidance)
+    return from_images(drawn)
 
 
 def emoji_metrics(
@@ -91,7 +83,7 @@ def emoji_metrics(
     Returns:
         json: the figures by name.
     """
-    styles = list(pipe.config.styles)
+    styles = list(pipe.config["styles"])
     held_out = load_emoji("held-out", styles=styles, topics=topics)
     held_out = take(held_out, spread(len(held_out), count))
     train = load_emoji("train", styles=styles, topics=topics)
@@ -109,7 +101,7 @@ def emoji_metrics(
     captions, item_styles = [item.label for item in held_out.items], [item.style for item in held_out.items]
     text = judge_text(captions)
     reports = {name: judge_report(judge, features[name], text, captions, item_styles) for name in ("drawn", "real")}
-    copies = copy_report(features["drawn"], train_features)
+    copies = {name: copy_report(features[name], train_features, concept_numbers(train)) for name in ("drawn", "real")}
     floor = train_features[spread(len(train), len(held_out))]
     return {
         "pairs": len(held_out),
@@ -122,9 +114,21 @@ def emoji_metrics(
         "matched preferred, ratio": round(reports["drawn"].preferred / reports["real"].preferred, 4),
         "first of 20": round(reports["drawn"].first, 4),
         "first of 20, real": round(reports["real"].first, 4),
-        "copied": round(copies.share, 4),
-        "copied, real": round(copy_report(features["real"], train_features).share, 4),
+        "copied": round(copies["drawn"].share, 4),
+        "copied, real": round(copies["real"].share, 4),
     }
+
+
+def picture_features(extract: EfficientNetLite0, pictures: EmojiSet) -> Tensor:
+    """Features (N, 1280) of all pictures."""
+    starts = range(0, len(pictures), 64)
+    return extract.of_batches(pictures.pixels(range(i, min(i + 64, len(pictures)))) for i in starts)
+
+
+def concept_numbers(pictures: EmojiSet) -> Tensor:
+    """A number (N,) for the concept of each picture."""
+    number = {concept: index for index, concept in enumerate(sorted({item.concept for item in pictures.items}))}
+    return torch.tensor([number[item.concept] for item in pictures.items])
 
 
 def take(pictures: EmojiSet, indices: list[int]) -> EmojiSet:

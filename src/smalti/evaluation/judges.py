@@ -6,7 +6,7 @@ batches in which every concept occurs once. The judge sees training concepts alo
 score on real held-out pictures is the ceiling for drawn ones.
 
 Source: CLIP (arXiv 2103.00020), section 2.3 and figure 3; InfoNCE (arXiv 1807.03748).
-Letters: N pictures, K candidate captions.
+Letters: N pictures, F feature width, T text width, K candidate captions, V captions of a picture.
 """
 
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class RetrievalJudge(ModelMixin, ConfigMixin):
         text_width: int = 384,
         width: int = 256,
         hidden: int = 512,
-        dropout: float = 0.3,
+        dropout: float = 0.5,
     ):
         super().__init__()
         self.picture_head = _head(feature_width, hidden, width, dropout)
@@ -97,10 +97,10 @@ class JudgeTraining:
         seed: of the weights, the batches and the noise.
     """
 
-    steps: int = 400
+    steps: int = 800
     batch: int = 256
-    lr: float = 1e-3
-    weight_decay: float = 0.1
+    lr: float = 2e-3
+    weight_decay: float = 0.3
     noise: float = 0.1
     seed: int = 0
 
@@ -112,7 +112,7 @@ def train_judge(
 
     Args:
         features: picture features (N, F).
-        text: text vector of each picture's caption (N, T).
+        text: text vector of each picture's caption (N, T), or of several captions (N, V, T) of which one is drawn.
         concepts: base concept of each picture (N,) long; pictures of one concept never stand against each other.
         settings: how it is trained.
         config: arguments of `RetrievalJudge` other than the two input widths.
@@ -133,11 +133,11 @@ def train_judge(
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        judge = RetrievalJudge(features.shape[1], text.shape[1], **config)
+        judge = RetrievalJudge(features.shape[1], text.shape[-1], **config)
         judge.feature_mean.copy_(features.mean(0))
         judge.feature_std.copy_(features.std(0).clamp_min(1e-3))
         members = [torch.nonzero(groups == group).flatten() for group in range(count)]
-        _optimise(judge.train(), features, text, members, settings)
+        _optimise(judge.train(), features, text if text.ndim == 3 else text[:, None], members, settings)
     return judge.eval().requires_grad_(False)
 
 
@@ -153,7 +153,7 @@ def _optimise(
         picks = torch.stack([members[c][torch.randint(len(members[c]), ())] for c in chosen])
         noisy = features[picks]
         noisy = noisy + settings.noise * judge.feature_std * torch.randn_like(noisy)
-        scores = judge(noisy, text[picks])
+        scores = judge(noisy, text[picks, torch.randint(text.shape[1], (batch,))])
         loss = (functional.cross_entropy(scores, right) + functional.cross_entropy(scores.mT, right)) / 2
         optimizer.zero_grad()
         loss.backward()

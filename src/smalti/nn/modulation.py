@@ -68,11 +68,3 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = EPS) ->
 def gated_add(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
     """`x + gate * update` for x and update (B, N, D)."""
     return torch.addcmul(x, gate, update)
-
-
-def zero_modulation(module: nn.Module) -> None:
-    """Zeroes every modulation inside a module, so that its blocks start as the identity."""
-    for layer in module.modules():
-        if isinstance(layer, Modulation | FinalNorm):
-            nn.init.zeros_(layer.linear.weight)
-            nn.init.zeros_(layer.linear.bias)

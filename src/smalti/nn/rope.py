@@ -8,10 +8,11 @@ Source: RoFormer (arXiv 2104.09864, eq. 15); several axes and interleaved pairs 
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from smalti.nn.remember import remember
 
 
 def rope_factors(labels: Tensor, axes_dims: Sequence[int], theta: float = 10000.0) -> Tensor:
@@ -47,17 +48,10 @@ def grid_labels(text_length: int, height: int, width: int, device: torch.device 
     return torch.cat([image.new_zeros(text_length, 3), image])
 
 
+@remember
 def grid_rope(text_length: int, height: int, width: int, axes_dims: tuple[int, ...], device: torch.device) -> Tensor:
-    """`rope_factors` of `grid_labels` (M + H*W, d/2, 2), remembered; inside a compiled graph computed in place."""
-    if torch.compiler.is_compiling():
-        return rope_factors(grid_labels(text_length, height, width, device), axes_dims)
-    return _remembered_grid_rope(text_length, height, width, axes_dims, device)
-
-
-@lru_cache(maxsize=32)
-def _remembered_grid_rope(text_length: int, height: int, width: int, axes_dims: tuple[int, ...], device) -> Tensor:
-    with torch.inference_mode(False):  # a factor made in inference mode could not be saved for a later backward
-        return rope_factors(grid_labels(text_length, height, width, device), axes_dims)
+    """`rope_factors` of `grid_labels`: (M + H*W, d/2, 2)."""
+    return rope_factors(grid_labels(text_length, height, width, device), axes_dims)
 
 
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
@@ -99,5 +93,5 @@ def norm_rope(x: Tensor, weight: Tensor, rope: Tensor, eps: float) -> Tensor:
         (..., d) in the dtype of x, computed in float32.
     """
     wide = x.float()
-    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return apply_rope(wide * (weight.float() * inverse), rope).to(x.dtype)
+    mean_square = (wide * wide).mean(-1, keepdim=True)  # the derivative of square() would copy x once more
+    return apply_rope(wide * (weight.float() * torch.rsqrt(mean_square + eps)), rope).to(x.dtype)

@@ -11,24 +11,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from smalti.backbones.mmdit import MMDiT
-from smalti.core.files import check_writable
-from smalti.core.protocols import TextEmbedding
+from smalti.core.files import atomic_folder, check_writable
 from smalti.data.emoji import STYLES, EmojiSet, captions, load_emoji
+from smalti.data.latent_cache import build_cache, cache_key
+from smalti.evaluation.emoji_metrics import emoji_metrics
 from smalti.evaluation.sheet import sheet
 from smalti.objectives.flow_matching import FlowMatching
+from smalti.sampling.pictures import draw_pictures
 from smalti.sampling.pipeline import TextToImagePipeline
 from smalti.sampling.schedulers import make_scheduler
 from smalti.tokenizers.conv_autoencoder import ConvAutoencoder
 from smalti.tokenizers.text_encoder import EmbeddingCache, MiniLMEncoder
-from smalti.training.autoencoder import encode_pictures, fit_autoencoder, reconstruction_psnr, shift_picture
+from smalti.training.autoencoder import fit_autoencoder, reconstruction_psnr, shift_picture
 from smalti.training.config import TrainConfig
-from smalti.training.latent_source import LatentSource
+from smalti.training.latent_source import LatentSource, embed_captions
 from smalti.training.trainer import Trainer
-from smalti.zoo.loader import save_model, settings_hash
+from smalti.zoo.loader import save_model, settings_hash, weights_hash
 
 SHIFTS = ((0, 0), (2, 0), (-2, 0), (0, 2), (0, -2))
 TOPICS_CPU = ("smileys", "animals", "food", "hearts", "clocks", "weather")
@@ -71,22 +74,29 @@ PRESETS = {
     "cpu": EmojiRecipe(
         topics=TOPICS_CPU,
         autoencoder={"factor": 8, "latent_channels": 16},
-        autoencoder_training=TrainConfig(steps=2500, batch=16, learning_rate=2e-3, warmup=50, decay="linear-cooldown", ema=0.99),
+        autoencoder_training=TrainConfig(
+            steps=2000, batch=16, learning_rate=2e-3, warmup=50, decay="linear-cooldown", ema=0.99
+        ),
         transformer={"num_double": 1, "num_single": 4, "heads": 6, "head_dim": 32, "axes_dims_rope": (8, 12, 12)},
         training=TrainConfig(
-            steps=4000, batch=64, learning_rate=1.5e-3, optimizer="muon", warmup=100,
-            decay="linear-cooldown", ema=0.998, compile=True, sample_every=400, eval_every=200, save_every=200,
+            steps=5000, batch=64, learning_rate=1.5e-3, warmup=100, decay="linear-cooldown",
+            ema=0.998, sample_every=500, eval_every=250, save_every=100,
         ),
     ),
     "gpu": EmojiRecipe(
         topics=None,
         variant="emoji-tones",
-        autoencoder={"factor": 4, "latent_channels": 8, "widths": (48, 128), "encoder_blocks": (1, 1), "decoder_blocks": (2, 2)},
-        autoencoder_training=TrainConfig(steps=3000, batch=16, learning_rate=2e-3, warmup=50, decay="linear-cooldown", ema=0.99),
+        autoencoder={
+            "factor": 4, "latent_channels": 8,
+            "widths": (48, 128), "encoder_blocks": (1, 1), "decoder_blocks": (2, 2),
+        },
+        autoencoder_training=TrainConfig(
+            steps=3000, batch=16, learning_rate=2e-3, warmup=50, decay="linear-cooldown", ema=0.99
+        ),
         transformer={"num_double": 1, "num_single": 5, "heads": 8, "head_dim": 32, "axes_dims_rope": (8, 12, 12)},
         training=TrainConfig(
-            steps=30000, batch=512, learning_rate=1.5e-3, optimizer="muon", warmup=500,
-            decay="linear-cooldown", ema=0.9995, precision="bf16", compile=True, sample_every=1000, eval_every=500,
+            steps=30000, batch=512, learning_rate=1.5e-3, optimizer="muon", warmup=500, decay="linear-cooldown",
+            ema=0.9995, precision="bf16", compile=True, sample_every=1000, eval_every=500,
         ),
     ),
 }  # fmt: skip
@@ -104,12 +114,14 @@ def train(recipe: EmojiRecipe, out: Path, resume: bool = False) -> Path:
         The folder of the model.
     """
     check_writable(out)
+    processes = PartialState()
     autoencoder = train_autoencoder(recipe, out, resume)
     pictures = load_emoji("train", styles=recipe.styles, topics=recipe.topics, variant=recipe.variant)
     held_out = load_emoji("held-out", styles=recipe.styles, topics=recipe.topics, variant=recipe.variant)
     encoder = EmbeddingCache(MiniLMEncoder(length=recipe.text_length), out / "cache" / "text")
-    source = latent_source(autoencoder, pictures, encoder, recipe.styles, SHIFTS)
-    unseen = latent_source(autoencoder, held_out, encoder, recipe.styles)
+    with processes.main_process_first():  # the others find the caches
+        source = latent_source(autoencoder, pictures, encoder, recipe.styles, out / "cache", SHIFTS)
+        unseen = latent_source(autoencoder, held_out, encoder, recipe.styles, out / "cache")
     torch.manual_seed(recipe.training.seed)
     pipe = TextToImagePipeline(
         transformer=build_transformer(recipe, encoder.width),
@@ -121,34 +133,45 @@ def train(recipe: EmojiRecipe, out: Path, resume: bool = False) -> Path:
         default_guidance=recipe.guidance,
     )
 
-    def draw(ema_model: MMDiT, step: int, folder: Path) -> None:
+    def draw(ema_model: torch.nn.Module, step: int, folder: Path) -> None:
         pipe.register_modules(transformer=ema_model)
         draw_grid(pipe, recipe.styles).save(folder / f"step-{step:06d}.png")
 
-    card = {"recipe": "emoji", "settings": asdict(recipe), "data_hash": pictures.hash}
+    card = {"recipe": "emoji", "data_hash": pictures.hash, "autoencoder": weights_hash(autoencoder)}
     trainer = Trainer(
         pipe.transformer, recipe.objective, source, recipe.training, out / "transformer",
         held_out=unseen, on_sample=draw, description=card,
     )  # fmt: skip
     report = trainer.fit(resume=resume)
-    pipe.register_modules(transformer=trainer.ema_model.eval())
-    card |= {"settings_hash": settings_hash(card["settings"]), "images_seen": report.steps * recipe.training.batch}
-    return save_model(pipe, out / "model", card, torch.bfloat16)
+    if processes.is_main_process:
+        pipe.register_modules(transformer=trainer.ema_model.eval())
+        settings = asdict(recipe)
+        card |= {"settings": settings, "settings_hash": settings_hash(settings)}
+        card |= {"images_seen": report.steps * recipe.training.batch, "held_out_loss": report.held_out_loss}
+        card |= {"metrics": emoji_metrics(pipe, recipe.topics), "autoencoder_psnr": held_out_psnr(autoencoder, recipe)}
+        save_model(pipe, out / "model", card, torch.bfloat16)
+    processes.wait_for_everyone()
+    return out / "model"
 
 
 def train_autoencoder(recipe: EmojiRecipe, out: Path, resume: bool = False) -> ConvAutoencoder:
     """The trained autoencoder of `out / "autoencoder"`; trains it on all concepts if it is not there yet."""
     folder = out / "autoencoder"
-    if (folder / "config.json").is_file():
-        return ConvAutoencoder.from_pretrained(folder).eval()
-    torch.manual_seed(recipe.autoencoder_training.seed)
-    model = ConvAutoencoder(**recipe.autoencoder)
-    pictures = load_emoji("train", styles=recipe.styles)
-    fit_autoencoder(model, pictures, recipe.autoencoder_training, out / "autoencoder-training", resume=resume)
-    held_out = load_emoji("held-out", styles=recipe.styles)
-    print(f"autoencoder: {reconstruction_psnr(model, held_out):.2f} dB on {len(held_out)} held-out pictures")
-    model.save_pretrained(folder)
-    return model
+    if not (folder / "config.json").is_file():
+        torch.manual_seed(recipe.autoencoder_training.seed)
+        model = ConvAutoencoder(**recipe.autoencoder)
+        pictures = load_emoji("train", styles=recipe.styles)
+        fit_autoencoder(model, pictures, recipe.autoencoder_training, out / "autoencoder-training", resume=resume)
+        with PartialState().main_process_first():
+            if PartialState().is_main_process:
+                with atomic_folder(folder) as temporary:
+                    model.save_pretrained(temporary)
+    return ConvAutoencoder.from_pretrained(folder, torch_dtype=torch.float32).eval()
+
+
+def held_out_psnr(autoencoder: ConvAutoencoder, recipe: EmojiRecipe) -> float:
+    """Mean PSNR in dB on the held-out concepts of all topics."""
+    return round(reconstruction_psnr(autoencoder, load_emoji("held-out", styles=recipe.styles)), 2)
 
 
 def build_transformer(recipe: EmojiRecipe, text_width: int) -> MMDiT:
@@ -167,47 +190,30 @@ def latent_source(
     pictures: EmojiSet,
     encoder: EmbeddingCache,
     styles: Sequence[str],
+    cache: Path,
     shifts: Sequence[tuple[int, int]] = ((0, 0),),
 ) -> LatentSource:
     """Latents of the pictures (once for each shift), embeddings of all their captions, styles as labels."""
-    texts, rows, first = [], {}, []
-    for item in pictures.items:
-        phrasings = captions(item)
-        if item.key not in rows:
-            rows[item.key] = (len(texts), len(texts) + len(phrasings))
-            texts += phrasings
-        first.append(rows[item.key])
     views = []
-    with tqdm(total=len(shifts) * len(pictures), desc="encoding pictures", unit="picture") as bar:
-        for down, right in shifts:
+    for down, right in shifts:
 
-            def pixels(indices: Sequence[int], down: int = down, right: int = right) -> Tensor:
-                return torch.stack([shift_picture(p, down, right) for p in pictures.pixels(indices)])
+        def encode(indices: Tensor, down: int = down, right: int = right) -> Tensor:
+            shifted = [shift_picture(picture, down, right) for picture in pictures.pixels(indices)]
+            return autoencoder.encode(torch.stack(shifted)).tensor
 
-            views.append([encode_pictures(autoencoder, pixels, len(pictures), bar.update).half()])
+        keys = [f"{item.key}:{item.style}" for item in pictures.items]
+        key = cache_key(pictures.hash, weights_hash(autoencoder), down, right, *keys)
+        views.append(build_cache(cache, key, len(pictures), encode, progress=True))
     return LatentSource(
-        latents=views[0],
-        variants=views[1:],
-        text=embed([*texts, ""], encoder),
-        phrasings=torch.tensor(first),
+        views=views,
+        captions=embed_captions([captions(item) for item in pictures.items], encoder),
         labels=torch.tensor([list(styles).index(item.style) for item in pictures.items]),
         dropped_label=len(styles),
     )
 
 
-def embed(texts: Sequence[str], encoder: EmbeddingCache) -> TextEmbedding:
-    """Embeddings of many texts in float16, with a progress bar."""
-    parts = []
-    for start in tqdm(range(0, len(texts), 256), desc="embedding captions", unit="batch"):
-        parts.append(encoder.encode(list(texts[start : start + 256])).to(torch.float16))
-    return TextEmbedding.cat(parts)
-
-
-def draw_grid(pipe: TextToImagePipeline, styles: Sequence[str], prompts: Sequence[str] = GRID_PROMPTS):
+def draw_grid(pipe: TextToImagePipeline, styles: Sequence[str], prompts: Sequence[str] = GRID_PROMPTS) -> Image.Image:
     """A sheet of all prompts, the styles taking turns, always from the same seeds."""
-    generators = [torch.Generator().manual_seed(index) for index in range(len(prompts))]
     chosen = [styles[index % len(styles)] for index in range(len(prompts))]
-    pipe.set_progress_bar_config(disable=True)
-    images = pipe(list(prompts), style=chosen, generator=generators).images
-    pipe.set_progress_bar_config(disable=False)
-    return sheet(images, [f"{prompt}, {style}" for prompt, style in zip(prompts, chosen, strict=True)])
+    pictures = draw_pictures(pipe, prompts, chosen, range(len(prompts)))
+    return sheet(pictures, [f"{prompt}, {style}" for prompt, style in zip(prompts, chosen, strict=True)])

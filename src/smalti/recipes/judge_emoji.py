@@ -4,14 +4,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from smalti.core.errors import UserError
 from smalti.core.files import atomic_folder, write_json
-from smalti.data.emoji import EmojiSet, captions, load_emoji
-from smalti.evaluation.emoji_metrics import judge_text
+from smalti.data.emoji import captions, load_emoji
+from smalti.evaluation.emoji_metrics import concept_numbers, judge_text, picture_features
 from smalti.evaluation.features import EfficientNetLite0
 from smalti.evaluation.judges import JudgeTraining, judge_report, train_judge
-from smalti.zoo.loader import CARD, provenance, settings_hash
+from smalti.zoo.loader import CARD, cast_weights, provenance, settings_hash
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class JudgeRecipe:
         seed: of weights and batches.
     """
 
-    steps: int = 400
+    steps: int = 800
     seed: int = 0
 
 
@@ -37,13 +38,9 @@ def train(recipe: JudgeRecipe, out: Path, resume: bool = False) -> Path:
     train_set, held_out = load_emoji("train"), load_emoji("held-out")
     extract = EfficientNetLite0()
     features, unseen = picture_features(extract, train_set), picture_features(extract, held_out)
-    phrasings = [captions(item) for item in train_set.items]
-    rows = [(index, text) for index, texts in enumerate(phrasings) for text in texts]
-    picked = torch.tensor([index for index, _ in rows])
-    keys = {key: number for number, key in enumerate(sorted({item.concept for item in train_set.items}))}
-    concepts = torch.tensor([keys[item.concept] for item in train_set.items])
+    text = caption_vectors([captions(item) for item in train_set.items])
     settings = JudgeTraining(steps=recipe.steps, seed=recipe.seed)
-    judge = train_judge(features[picked], judge_text([text for _, text in rows]), concepts[picked], settings)
+    judge = train_judge(features, text, concept_numbers(train_set), settings)
     labels = [item.label for item in held_out.items]
     report = judge_report(judge, unseen, judge_text(labels), labels, [item.style for item in held_out.items])
     card = {
@@ -58,12 +55,16 @@ def train(recipe: JudgeRecipe, out: Path, resume: bool = False) -> Path:
         },
     }
     with atomic_folder(out / "model") as folder:
-        judge.to(torch.bfloat16).save_pretrained(folder)
+        judge.save_pretrained(folder)
+        cast_weights(folder, torch.bfloat16)
         write_json(folder / CARD, card | provenance())
     return out / "model"
 
 
-def picture_features(extract: EfficientNetLite0, pictures: EmojiSet) -> torch.Tensor:
-    """Features (N, 1280) of all pictures."""
-    starts = range(0, len(pictures), 64)
-    return extract.of_batches(pictures.pixels(range(i, min(i + 64, len(pictures)))) for i in starts)
+def caption_vectors(phrasings: list[list[str]]) -> Tensor:
+    """Text vectors (N, V, T) of every picture's captions; where there are fewer than V they come again in turn."""
+    most = max(map(len, phrasings))
+    texts = sorted({text for one in phrasings for text in one})
+    row = {text: index for index, text in enumerate(texts)}
+    rows = torch.tensor([[row[one[k % len(one)]] for k in range(most)] for one in phrasings])
+    return judge_text(texts)[rows]

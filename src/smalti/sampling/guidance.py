@@ -41,7 +41,7 @@ class Guidance:
     def __post_init__(self):
         if not math.isfinite(self.scale) or self.scale < 0:
             raise UserError(f"got a guidance scale of {self.scale}; choose a number of at least 0 (1 = off)")
-        if len(self.interval) != 2 or not 0 <= self.interval[0] <= self.interval[1] <= 1:
+        if len(self.interval) != 2 or not 0 <= self.interval[0] <= self.interval[1] <= 1:  # a list from json will do
             raise UserError(f"got a guidance interval of {self.interval}; choose (low, high) within [0, 1]")
 
     def acts_at(self, t: float) -> bool:

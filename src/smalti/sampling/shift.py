@@ -14,7 +14,7 @@ from smalti.core.errors import UserError
 
 def shift_time(t: float, shift: float) -> float:
     """Time t in [0, 1] shifted by `shift` > 0; 0, 1 and a shift of 1 change nothing."""
-    return shift * t / (1 + (shift - 1) * t)
+    return t / (t + (1 - t) / shift)  # this form is exact at both ends
 
 
 def shift_for_tokens(tokens: int, base_tokens: int, base_shift: float = 1.0) -> float:

@@ -11,13 +11,20 @@ The denoiser is called as `denoiser(x, t)` with t a float (see `guidance.bind`).
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
 from smalti.core.errors import UserError
-from smalti.core.protocols import SolverState
+from smalti.core.protocols import Solver, SolverState
 from smalti.sampling.guidance import BoundDenoiser
+
+
+class LoopSolver(Solver, Protocol):
+    """A solver that the loop can drive: it says whether each step needs noise of the shape of x."""
+
+    @property
+    def needs_noise(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -25,7 +32,11 @@ class Euler:
     """First order, one call a step."""
 
     order: ClassVar[int] = 1
-    needs_noise: ClassVar[bool] = False
+
+    @property
+    def needs_noise(self) -> bool:
+        """Never: the path is deterministic."""
+        return False
 
     def step(
         self, state: SolverState, denoiser: BoundDenoiser, t: float, s: float, noise: Tensor | None = None
@@ -39,7 +50,11 @@ class Heun:
     """Second order, two calls a step, one where it ends at data (s = 0)."""
 
     order: ClassVar[int] = 2
-    needs_noise: ClassVar[bool] = False
+
+    @property
+    def needs_noise(self) -> bool:
+        """Never: the path is deterministic."""
+        return False
 
     def step(
         self, state: SolverState, denoiser: BoundDenoiser, t: float, s: float, noise: Tensor | None = None
@@ -63,11 +78,15 @@ class SDE:
 
     strength: float = 1.0
     order: ClassVar[int] = 1
-    needs_noise: ClassVar[bool] = True
 
     def __post_init__(self):
         if not (math.isfinite(self.strength) and self.strength >= 0):
             raise UserError(f"got a diffusion strength of {self.strength}; choose a number of at least 0")
+
+    @property
+    def needs_noise(self) -> bool:
+        """Every step that does not end at data draws noise."""
+        return True
 
     def step(
         self, state: SolverState, denoiser: BoundDenoiser, t: float, s: float, noise: Tensor | None = None

@@ -2,8 +2,8 @@
 
 import json
 import time
-import warnings
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from smalti.core.errors import UserError, unknown_name
-from smalti.core.files import atomic_file, check_writable
+from smalti.core.files import atomic_file, check_creatable
 from smalti.core.seeds import check_seed, generators_for
 from smalti.evaluation.sheet import sheet
 from smalti.sampling.pipeline import TextToImagePipeline
@@ -20,6 +20,7 @@ from smalti.zoo.loader import load_model
 
 BATCH = 16
 PNG_KEY = "smalti"
+SHEET_SIDE = 128
 
 
 @dataclass(frozen=True)
@@ -54,17 +55,16 @@ class Request:
     solver: str = "euler"
 
     def __post_init__(self):
-        check_seed(self.seed)
-        check_seed(self.seed + max(self.count, 1) - 1)
         for name, value in (("steps", self.steps), ("count", self.count)):
             if value < 1:
                 raise UserError(f"{name} is {value}; it must be a whole number from 1")
+        check_seed(self.seed)
+        check_seed(self.seed + self.count - 1)
         if self.out.suffix.lower() != ".png":
             raise UserError(f"output file {str(self.out)!r} does not end in .png; pictures are written as PNG")
-        if self.out.is_dir():
-            raise UserError(
-                f"output file {str(self.out)!r} is a folder; name a file in it, such as {self.out / 'a.png'}"
-            )
+        for prompt in self.prompts:
+            if not prompt.strip():
+                raise UserError(f"prompt {prompt!r} is empty; write what to draw")
 
 
 @dataclass(frozen=True)
@@ -87,41 +87,43 @@ def draw(request: Request) -> dict[str, Any]:
     Raises:
         UserError: unknown model or style, no prompt, a size that does not fit, a place that cannot be written.
     """
-    check_writable(request.out.parent)
+    check_creatable(request.out)
+    height, width = _size(request.size)
+    scheduler = make_scheduler(request.solver)
     pipe = load_model(request.model)
     if request.solver != "euler":
-        pipe.scheduler = make_scheduler(request.solver)
-    height, width = _size(request.size)
+        pipe.scheduler = scheduler
     wanted = _pictures(request, pipe)
-    pipe.set_progress_bar_config(disable=None, leave=False)
+    files = _files(request.out, len(wanted))
+    for file in files:
+        check_creatable(file)
+    pipe.set_progress_bar_config(disable=None)
     started = time.perf_counter()
     images: list[Image.Image] = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("once")
-        for start in range(0, len(wanted), BATCH):
-            part = wanted[start : start + BATCH]
-            images += pipe(
-                [picture.prompt for picture in part],
-                style=[picture.style for picture in part] if part[0].style is not None else None,
-                num_inference_steps=request.steps,
-                guidance_scale=request.guidance,
-                height=height,
-                width=width,
-                generator=generators_for([picture.seed for picture in part]),
-            ).images
+    for start in range(0, len(wanted), BATCH):
+        part = wanted[start : start + BATCH]
+        images += pipe(
+            [picture.prompt for picture in part],
+            style=[picture.style for picture in part],
+            num_inference_steps=request.steps,
+            guidance_scale=request.guidance,
+            height=height,
+            width=width,
+            generator=generators_for([picture.seed for picture in part]),
+        ).images
     seconds = time.perf_counter() - started
-    settings = {"model": request.model, "steps": request.steps, "solver": request.solver}
-    settings |= {"guidance": pipe.config.default_guidance if request.guidance is None else request.guidance}
-    settings |= {"size": list(images[0].size[::-1])}
-    files = _write(request.out, wanted, images, settings)
-    pictures = [
-        {"file": str(f), "prompt": p.prompt, "style": p.style, "seed": p.seed}
-        for f, p in zip(files, wanted, strict=True)
-    ]
-    is_sheet = len(images) > 1
+    guidance = pipe.config.default_guidance if request.guidance is None else request.guidance
+    settings = {
+        "model": request.model,
+        "steps": request.steps,
+        "solver": request.solver,
+        "guidance": guidance,
+        "size": [images[0].height, images[0].width],
+    }
+    _write(request.out, files, wanted, images, settings)
     return {
-        "pictures": pictures,
-        "sheet": str(request.out) if is_sheet else None,
+        "pictures": [{"file": str(file), **asdict(picture)} for file, picture in zip(files, wanted, strict=True)],
+        "sheet": str(request.out) if len(images) > 1 else None,
         **settings,
         "seconds": round(seconds, 3),
     }
@@ -162,22 +164,29 @@ def _size(text: str | None) -> tuple[int | None, int | None]:
     return int(parts[0]), int(parts[-1])
 
 
-def _write(out: Path, wanted: list[_Picture], images: list[Image.Image], settings: dict[str, Any]) -> list[Path]:
-    """The picture itself, or the sheet and each picture beside it; returns the files of the single pictures."""
-    if len(images) == 1:
-        _save(out, images[0], {**settings, **vars(wanted[0])})
+def _files(out: Path, count: int) -> list[Path]:
+    """The file of each picture: `out` itself for a single one, else numbered ones beside it."""
+    if count == 1:
         return [out]
-    digits = max(2, len(str(len(images))))
-    files = [out.with_name(f"{out.stem}-{index + 1:0{digits}}.png") for index in range(len(images))]
-    for file, picture, image in zip(files, wanted, images, strict=True):
-        _save(file, image, {**settings, **vars(picture)})
-    _save(out, sheet(images, [picture.label for picture in wanted]), settings)
-    return files
+    digits = max(2, len(str(count)))
+    return [out.with_name(f"{out.stem}-{index + 1:0{digits}}.png") for index in range(count)]
+
+
+def _write(
+    out: Path, files: list[Path], wanted: list[_Picture], images: list[Image.Image], settings: dict[str, Any]
+) -> None:
+    """All files or none: each is complete beside its place before the first takes it."""
+    with ExitStack() as whole:
+        for file, picture, image in zip(files, wanted, images, strict=True):
+            _save(whole.enter_context(atomic_file(file)), image, settings | asdict(picture))
+        if len(images) > 1:
+            scale = max(1, SHEET_SIDE // images[0].height)
+            labelled = sheet(images, [picture.label for picture in wanted], scale=scale)
+            _save(whole.enter_context(atomic_file(out)), labelled, settings)
 
 
 def _save(path: Path, image: Image.Image, settings: dict[str, Any]) -> None:
     """A PNG with its settings in its metadata; the same settings give the same bytes."""
     metadata = PngInfo()
     metadata.add_text(PNG_KEY, json.dumps(settings, ensure_ascii=True))
-    with atomic_file(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=metadata)
+    image.save(path, format="PNG", pnginfo=metadata)

@@ -59,8 +59,11 @@ class DiffusersAutoencoder(ModelMixin, ConfigMixin):
             with torch.no_grad():
                 trial = _mean(model.encode(torch.zeros(1, 3, side, side)))
         except (RuntimeError, ValueError, TypeError) as error:
-            raise UserError(f"{config['_class_name']} in {folder} does not encode pictures of 3 channels: {error}") from error
-        wrapped = cls(config["_class_name"], dict(model.config), side // trial.shape[-1], trial.shape[1])
+            raise UserError(
+                f"{config['_class_name']} in {folder} does not encode pictures of 3 channels: {error}"
+            ) from error
+        settings = {key: value for key, value in model.config.items() if not key.startswith("_")}
+        wrapped = cls(config["_class_name"], settings, side // trial.shape[-1], trial.shape[1])
         wrapped.model = model
         return wrapped.eval()
 
@@ -68,7 +71,9 @@ class DiffusersAutoencoder(ModelMixin, ConfigMixin):
     def encode(self, pixels: Tensor, *, generator: Generators | None = None) -> Latents:
         """Normalised latents (B, C, h, w) of pixels (B, 3, H, W) in [-1, 1]: the posterior mean."""
         if pixels.shape[-1] % self.factor or pixels.shape[-2] % self.factor:
-            raise UserError(f"picture of {tuple(pixels.shape[-2:])} pixels: both sides must be multiples of {self.factor}")
+            raise UserError(
+                f"picture of {tuple(pixels.shape[-2:])} pixels: both sides must be multiples of {self.factor}"
+            )
         z = _mean(self.model.encode(pixels))
         return Latents((z - self.latents_mean[:, None, None]) / self.latents_std[:, None, None])
 
@@ -89,7 +94,9 @@ class DiffusersAutoencoder(ModelMixin, ConfigMixin):
 def _class(name: str) -> Any:
     kind = getattr(diffusers, name, None)
     if not name.startswith(("Autoencoder", "AsymmetricAutoencoder", "VQModel")) or kind is None:
-        raise UserError(f"{name!r} is no autoencoder of diffusers; give the folder of an AutoencoderKL, AutoencoderDC or the like")
+        raise UserError(
+            f"{name!r} is no autoencoder of diffusers; give the folder of an AutoencoderKL, AutoencoderDC or the like"
+        )
     return kind
 
 

@@ -1,6 +1,6 @@
-"""Training and measuring an autoencoder on pictures, and encoding pictures into latents with it."""
+"""Training and measuring an autoencoder on pictures."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from smalti.core.protocols import Batch, Cond, Latents, Tokenizer
+from smalti.core.protocols import Batch, Cond, Tokenizer
 from smalti.core.seeds import rand
 from smalti.objectives.reconstruction import AutoencoderReconstruction, psnr
 from smalti.tokenizers.conv_autoencoder import ConvAutoencoder
@@ -68,7 +68,7 @@ def fit_autoencoder(
     config: TrainConfig,
     out: Path,
     *,
-    start: bool = True,
+    from_patches: bool = True,
     resume: bool = False,
     groups: Sequence[Tensor] | None = None,
 ) -> TrainReport:
@@ -79,12 +79,12 @@ def fit_autoencoder(
         pictures: the training pictures.
         config: steps, batch and rates.
         out: folder of log and checkpoints.
-        start: begin at the principal components of 2,048 of the pictures instead of the model's own weights.
+        from_patches: begin at the principal components of 2,048 of the pictures instead of the model's own weights.
         resume: go on from the last checkpoint in `out`.
         groups: see `PixelSource`.
     """
     some = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(config.seed))[:2048].tolist()
-    if start:
+    if from_patches:
         model.start_from_patches(torch.cat(list(_same_size_patches(pictures, some, model.factor))))
     objective = AutoencoderReconstruction(model.factor, model.latent_channels)
     trainer = Trainer(model, objective, PixelSource(pictures, groups=groups), config, out)
@@ -112,27 +112,7 @@ def reconstruction_psnr(model: Tokenizer, pictures: Pictures, indices: Sequence[
     return torch.cat(values).mean().item()
 
 
-@torch.no_grad()
-def encode_pictures(
-    model: Tokenizer,
-    pixels: Callable[[Sequence[int]], Tensor],
-    count: int,
-    progress: Callable[[int], None] = lambda n: None,
-) -> Tensor:
-    """Normalised latents (S, C, h, w) of `count` pictures of one shape; `progress` hears of each chunk's size."""
-    parts = []
-    for chunk in chunks(range(count), CHUNK):
-        parts.append(model.encode(pixels(chunk)).tensor)
-        progress(len(chunk))
-    return torch.cat(parts)
-
-
 def chunks(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     """Consecutive pieces of at most `size`."""
     for start in range(0, len(indices), size):
         yield indices[start : start + size]
-
-
-def decode_latents(model: Tokenizer, latents: Tensor) -> Tensor:
-    """Pixels of normalised latents (B, C, h, w), in chunks."""
-    return torch.cat([model.decode(Latents(part)) for part in latents.split(CHUNK)])

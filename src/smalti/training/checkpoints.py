@@ -20,6 +20,7 @@ from smalti.core.errors import UserError
 from smalti.core.files import atomic_folder, file_hash, read_json, write_json
 from smalti.training.messages import say
 
+FORMAT = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
 
@@ -60,7 +61,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep_last: int) -> Path:
         files = {
             file.name: {"size": file.stat().st_size, "sha256": file_hash(file)} for file in sorted(temporary.iterdir())
         }
-        write_json(temporary / MANIFEST, {"format": 1, "step": checkpoint.step, "files": files})
+        write_json(temporary / MANIFEST, {"format": FORMAT, "step": checkpoint.step, "files": files})
     # What lies ahead of the newest was passed over as torn when the run was resumed.
     kept = [old for old in steps(folder) if old <= path][-keep_last:]
     for old in steps(folder):
@@ -70,7 +71,16 @@ def save(folder: Path, checkpoint: Checkpoint, keep_last: int) -> Path:
 
 
 def load(path: Path) -> Checkpoint:
-    """Reads a checkpoint that `latest` or `fault` found whole; tensors are on the CPU."""
+    """Reads a checkpoint that `latest` found whole; tensors are on the CPU.
+
+    Raises:
+        UserError: another version wrote it.
+    """
+    written = read_json(path / MANIFEST).get("format")
+    if written != FORMAT:
+        raise UserError(
+            f"{path} has format {written!r}, this version reads {FORMAT}; resume with the version that wrote it"
+        )
     state = read_json(path / STATE)
     tensors = {file.stem: load_file(file, device="cpu") for file in sorted(path.glob("*.safetensors"))}
     return Checkpoint(state.pop("step"), tensors, state)

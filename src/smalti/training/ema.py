@@ -15,7 +15,8 @@ class EMA:
     """An averaged copy of a model, always ready to be called.
 
     Args:
-        model: the model to follow; it is copied, in evaluation mode and without gradients.
+        model: the model to follow; it is copied, in evaluation mode and without gradients. Its parameters must stay
+            the same objects.
         decay: of the average, in [0, 1); 0 follows the weights exactly.
         updates: how many updates the average has already seen.
     """
@@ -23,15 +24,18 @@ class EMA:
     def __init__(self, model: nn.Module, decay: float, updates: int = 0):
         self.decay, self.updates = decay, updates
         self.model = copy.deepcopy(model).float().eval().requires_grad_(False)
+        # Walking through the modules of a small model takes longer than averaging it: once is enough.
+        self._shadow: list[Tensor] = list(self.model.parameters())
+        self._weights: list[Tensor] = list(model.parameters())
+        self._buffers = list(zip(self.model.buffers(), model.buffers(), strict=True))
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Moves the average towards the model's weights; buffers are copied."""
-        shadow: list[Tensor] = list(self.model.parameters())
-        weights = [w.detach().to(s.dtype) for w, s in zip(model.parameters(), shadow, strict=True)]
+    def update(self) -> None:
+        """Moves the average towards the followed model's weights; buffers are copied."""
         ramp = (1 + self.updates) / (10 + self.updates)
-        torch._foreach_lerp_(shadow, weights, 1 - min(self.decay, ramp))
-        for mine, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
+        weights = [w if w.dtype == s.dtype else w.to(s.dtype) for w, s in zip(self._weights, self._shadow)]
+        torch._foreach_lerp_(self._shadow, weights, 1 - min(self.decay, ramp))
+        for mine, theirs in self._buffers:
             mine.copy_(theirs)
         self.updates += 1
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from smalti.core.errors import UserError
 from smalti.core.protocols import Denoiser, Objective, TrainState
 from smalti.training.data_order import SampleSource
 from smalti.training.sample_draws import draw
@@ -16,11 +17,16 @@ class HeldOut:
         limit: at most so many are used, taken evenly from all.
         batch: samples in one forward.
         seed: of noise, times and captions.
+
+    Raises:
+        UserError: there is no sample.
     """
 
     def __init__(self, source: SampleSource, limit: int, batch: int, seed: int):
         self.source, self.seed = source, seed
         groups = getattr(source, "groups", None) or [torch.arange(len(source))]
+        if not any(len(group) for group in groups):
+            raise UserError("the held-out set is empty; give at least one sample, or no held-out set")
         stride = max(1, -(-sum(len(group) for group in groups) // limit))
         self.batches = [part for group in groups for part in group[::stride].split(batch)]
 

@@ -4,6 +4,7 @@ import signal
 import threading
 import time
 from types import FrameType
+from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -17,7 +18,7 @@ class Interruption:
 
     def __init__(self, minutes: float | None = None):
         self._deadline = None if minutes is None else time.monotonic() + 60 * minutes
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Any] = {}
         self.signal: int | None = None
 
     def __enter__(self) -> "Interruption":
@@ -39,5 +40,5 @@ class Interruption:
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: set outside of Python
         self._before = {}

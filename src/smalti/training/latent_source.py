@@ -1,17 +1,42 @@
 """Training samples drawn from cached latents and cached text embeddings.
 
-What is random about a sample (which phrasing of its caption, whether the caption or the label is dropped for
-classifier-free guidance, arXiv 2207.12598) comes from its own generator, never from the batch.
+What is random about a sample (which phrasing of its caption, whether caption or label is dropped for classifier-free
+guidance, arXiv 2207.12598, which view of the picture) comes from its own generator, never from the batch.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from smalti.core.protocols import Batch, Cond, TextEmbedding
+from smalti.core.protocols import Batch, Cond, TextEmbedding, TextEncoder
 from smalti.core.seeds import rand
+
+CHUNK = 256
+
+
+class LatentTable(Protocol):
+    """Latents by index: a tensor (S, C, h, w), or a cache on disk; samples asked for together have one shape."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, indices: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Embeddings of all phrasings of all samples.
+
+    Args:
+        text: one row a phrasing; the last row is the empty prompt.
+        rows: the first and the one-past-last row of each sample's phrasings, (S, 2) long.
+    """
+
+    text: TextEmbedding
+    rows: Tensor
 
 
 @dataclass(frozen=True)
@@ -19,58 +44,60 @@ class LatentSource:
     """Latents with their conditions; a `SampleSource` of the trainer.
 
     Args:
-        latents: one tensor (S, C, H, W) of samples, or several of different shapes, one after the other.
-        text: embeddings of all phrasings, one row each; None for a model without text. The last row is the
-            empty prompt.
-        phrasings: for each sample the first and the one-past-last row of its phrasings in `text`, (S, 2).
-        labels: class or style of each sample (S,); None without.
+        views: latents of the same S samples, seen once or several times (shifted, for instance).
+        captions: None for a model without text.
+        labels: class or style of each sample (S,) long; None without.
         dropped_label: the label that stands for "none".
+        groups: indices of the samples of each shape; None = all have one.
         text_dropout, label_dropout: how often a condition is dropped, in [0, 1].
-        variants: latents of the same samples seen differently (shifted, for instance), like `latents`.
     """
 
-    latents: Sequence[Tensor]
-    text: TextEmbedding | None = None
-    phrasings: Tensor | None = None
+    views: Sequence[LatentTable]
+    captions: Captions | None = None
     labels: Tensor | None = None
     dropped_label: int = 0
+    groups: Sequence[Tensor] | None = None
     text_dropout: float = 0.1
     label_dropout: float = 0.1
-    variants: Sequence[Sequence[Tensor]] = ()
 
     def __len__(self) -> int:
-        return sum(len(part) for part in self.latents)
-
-    @property
-    def groups(self) -> list[Tensor]:
-        """Indices of the samples of each shape; a batch never mixes them."""
-        groups, start = [], 0
-        for part in self.latents:
-            groups.append(torch.arange(start, start + len(part)))
-            start += len(part)
-        return groups
+        return len(self.views[0])
 
     def batch(self, indices: Tensor, generators: Sequence[torch.Generator]) -> Batch:
-        """The samples `indices` (B,), all of one shape; one generator for each decides phrasing and dropout."""
-        draw = rand((len(indices), 4), generators)  # phrasing, text kept, label kept, variant
-        text = label = None
-        if self.text is not None and self.phrasings is not None:
-            first, last = self.phrasings[indices].unbind(1)
-            row = first + (draw[:, 0] * (last - first)).long()
-            row = torch.where(draw[:, 1] < self.text_dropout, len(self.text.tokens) - 1, row)
-            text = self.text[row].to(torch.float32)
+        """The samples `indices` (B,), all of one shape; one generator for each decides phrasing, dropout and view."""
+        draw = rand((len(indices), 4), generators)  # phrasing, text dropped, label dropped, view
+        view = (draw[:, 3] * len(self.views)).long()
+        x0 = torch.stack([self.views[v][i[None]][0] for v, i in zip(view.tolist(), indices, strict=True)]).float()
+        label = None
         if self.labels is not None:
             label = torch.where(draw[:, 2] < self.label_dropout, self.dropped_label, self.labels[indices])
-        views = [self.latents, *self.variants]
-        choice = (draw[:, 3] * len(views)).long().tolist()
-        x0 = torch.stack([_row(views[view], int(i)) for view, i in zip(choice, indices, strict=True)]).float()
-        cond = Cond(label=label) if text is None else Cond(text.tokens, text.pooled, text.mask, label)
-        return Batch(x0, cond, indices)
+        if self.captions is None:
+            return Batch(x0, Cond(label=label), indices)
+        first, last = self.captions.rows[indices].unbind(1)
+        row = first + (draw[:, 0] * (last - first)).long()
+        row = torch.where(draw[:, 1] < self.text_dropout, len(self.captions.text.tokens) - 1, row)
+        text = self.captions.text[row].to(torch.float32)
+        return Batch(x0, Cond(text.tokens, text.pooled, text.mask, label), indices)
 
 
-def _row(parts: Sequence[Tensor], index: int) -> Tensor:
-    for part in parts:
-        if index < len(part):
-            return part[index]
-        index -= len(part)
-    raise IndexError(index)
+def embed_captions(phrasings: Sequence[Sequence[str]], encoder: TextEncoder) -> Captions:
+    """Embeds every different phrasing list once.
+
+    Args:
+        phrasings: at least one phrasing a sample; samples with equal lists share their rows.
+        encoder: of text, best one that caches.
+
+    Returns:
+        The embeddings in float16 and each sample's rows.
+    """
+    place: dict[tuple[str, ...], tuple[int, int]] = {}
+    texts: list[str] = []
+    for one in phrasings:
+        if tuple(one) not in place:
+            place[tuple(one)] = (len(texts), len(texts) + len(one))
+            texts += one
+    texts.append("")
+    starts = range(0, len(texts), CHUNK)
+    with_progress = tqdm(starts, desc="embedding captions", disable=len(starts) < 3)
+    parts = [encoder.encode(texts[start : start + CHUNK]).to(torch.float16) for start in with_progress]
+    return Captions(TextEmbedding.cat(parts), torch.tensor([place[tuple(one)] for one in phrasings]))

@@ -40,8 +40,9 @@ class Journal:
         if config.tracker:
             known = {key: value for key, value in asdict(config).items() if isinstance(value, (int, float, str))}
             accelerator.init_trackers("tracker", known)
+        pace = 0.5 if sys.stderr.isatty() else 20.0  # into a file, seldom
         self._bar = tqdm(
-            total=config.steps, initial=start, unit="step", file=sys.stderr, disable=not self._is_main, mininterval=0.5
+            total=config.steps, initial=start, unit="step", file=sys.stderr, disable=not self._is_main, mininterval=pace
         )
 
     def note(self, step: int, outcome: Outcome, seconds: float, rate: float, skipped: int) -> None:

@@ -33,6 +33,8 @@ def draw(
     """
     generators = generators_for([derive_seed(seed, purpose, position) for position in positions.tolist()])
     batch = source.batch(indices, generators)
+    if len(batch.x0) != len(indices):
+        raise ValueError(f"the source gave {len(batch.x0)} samples for {len(indices)} indices")
     return Draw(replace(batch, ids=positions).to(device), generators)
 
 

@@ -181,7 +181,7 @@ class Trainer:
         if outcome.is_finite:
             state.optimizers.step(state.step)
             if state.ema is not None:
-                state.ema.update(state.model)
+                state.ema.update()
             state.streak = 0
         else:
             state.skipped, state.streak = state.skipped + 1, state.streak + 1
@@ -191,14 +191,12 @@ class Trainer:
         journal.note(state.step, outcome, time.perf_counter() - started, rate, state.skipped)
         if state.streak == PATIENCE:
             raise UserError(self._divergence())
-        if self.held_out is not None and self._is_due(self.config.eval_every):
+        is_end = outcome.is_late or state.step == self.config.steps
+        if self.held_out is not None and is_due(state.step, self.config.eval_every, is_end):
             journal.note_held_out(state.step, self._held_out_loss())
-        if self.on_sample is not None and self._is_due(self.config.sample_every):
+        if self.on_sample is not None and is_due(state.step, self.config.sample_every, is_end):
             self._sample()
         return outcome
-
-    def _is_due(self, every: int) -> bool:
-        return every > 0 and (self.state.step % every == 0 or self.state.step == self.config.steps)
 
     def _save_if_due(self, outcome: Outcome) -> None:
         # In a streak of skipped steps the weights may be broken already: the last good checkpoint is not pushed out.
@@ -250,6 +248,11 @@ class Trainer:
             f"{PATIENCE} steps in a row gave a non-finite loss or gradient (up to step {self.state.step}); {good}; "
             f"check the data, or train into a new folder with a lower learning_rate (now {self.config.learning_rate:g})"
         )
+
+
+def is_due(step: int, every: int, is_end: bool) -> bool:
+    """Whether something that happens every so many steps (0: never) and at the end happens now."""
+    return every > 0 and (is_end or step % every == 0)
 
 
 def enable_gradient_checkpointing(model: nn.Module) -> None:

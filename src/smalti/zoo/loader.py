@@ -5,16 +5,20 @@ recipe, settings, their hash, hash of the data, metrics, date, hardware. Only cl
 """
 
 import datetime
+import errno
 import hashlib
 import importlib
 import json
 import platform
+from collections.abc import Container
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from diffusers import ModelMixin, SchedulerMixin
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from smalti import __version__
 from smalti.core.errors import UserError, unknown_name
@@ -23,16 +27,21 @@ from smalti.sampling.pipeline import TextToImagePipeline
 
 ZOO = Path(__file__).parent
 CARD = "smalti.json"
-COMPONENTS = ("transformer", "autoencoder", "scheduler")
+INDEX = "model_index.json"
+COMPONENTS = {"transformer": ModelMixin, "autoencoder": ModelMixin, "scheduler": SchedulerMixin}
+BUILD_ERRORS = (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError, AttributeError)
+
+Model = TypeVar("Model", bound=ModelMixin)
 
 
-def model_names() -> list[str]:
-    """Names of the shipped models, sorted."""
-    return sorted(path.parent.name for path in ZOO.glob(f"*/{CARD}"))
+def model_names(only_pipelines: bool = False) -> list[str]:
+    """Names of the shipped models, sorted; judges are models that draw nothing, hence no pipelines."""
+    names = sorted(path.parent.name for path in ZOO.glob(f"*/{CARD}"))
+    return [name for name in names if not only_pipelines or (ZOO / name / INDEX).is_file()]
 
 
 def model_folder(name: str | Path) -> Path:
-    """The folder of a shipped model by its name, or of any model by its path.
+    """The folder of a shipped model by its name, or of any pipeline by its path.
 
     Raises:
         UserError: there is neither; the nearest shipped names are offered.
@@ -41,13 +50,11 @@ def model_folder(name: str | Path) -> Path:
         return ZOO / str(name)
     path = Path(name)
     for folder in (path, path / "model"):  # a training writes its result into `model`
-        if (folder / "model_index.json").is_file():
+        if (folder / INDEX).is_file():
             return folder
     if path.is_dir():
-        raise UserError(
-            f"no model in {path}: model_index.json is missing; give the folder that a training or save_pretrained wrote"
-        )
-    raise unknown_name("model", str(name), model_names())
+        raise UserError(f"no model in {path}: {INDEX} is missing; give the folder that a training has written")
+    raise unknown_name("model", str(name), model_names(only_pipelines=True))
 
 
 def model_card(name: str | Path) -> dict[str, Any]:
@@ -70,55 +77,85 @@ def load_model(
         UserError: unknown name, torn file, weights with missing or extra keys, or classes that are not ours.
     """
     folder = model_folder(name)
-    index = read_json(folder / "model_index.json")
-    if index.get("_class_name") != TextToImagePipeline.__name__:
-        raise UserError(f"{folder} holds a {index.get('_class_name')}; a {TextToImagePipeline.__name__} is needed here")
-    parts = {
-        part: _load_component(folder / part, *index[part], dtype) for part in COMPONENTS if index.get(part, [None])[0]
-    }
+    if not (folder / INDEX).is_file():
+        raise UserError(f"model {str(name)!r} draws nothing; choose one of: {', '.join(model_names(True)) or 'none'}")
+    index = read_json(folder / INDEX)
+    kind = index.get("_class_name") if isinstance(index, dict) else None
+    if kind != TextToImagePipeline.__name__:
+        raise UserError(f"{folder} holds a {kind or 'foreign model'}; a {TextToImagePipeline.__name__} is needed here")
+    parts = {}
+    for part, base in COMPONENTS.items():
+        found = _named_class(index.get(part), base, f"the {part} of {folder}")
+        is_model = issubclass(found, ModelMixin)
+        parts[part] = load_part(folder / part, found, dtype) if is_model else _scheduler(folder / part, found)
     settings = {key: value for key, value in index.items() if not key.startswith("_") and key not in COMPONENTS}
     try:
         return TextToImagePipeline(**parts, **settings).to(device)
-    except TypeError as error:
-        raise UserError(f"{folder}/model_index.json does not fit this version of smalti: {error}") from error
+    except BUILD_ERRORS as error:
+        raise UserError(f"{folder / INDEX} does not fit this version of smalti: {error}") from error
 
 
-def _load_component(folder: Path, library: str, class_name: str, dtype: torch.dtype) -> Any:
-    if library != "diffusers" and not library.startswith("smalti."):
-        raise UserError(
-            f"{folder} wants the class {library}.{class_name}; only classes of smalti and diffusers are built"
-        )
+def _named_class(entry: Any, base: type, what: str) -> Any:
+    """The class that an index names as [library, class]; nothing but smalti and diffusers is ever imported."""
+    if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(one, str) for one in entry)):
+        raise UserError(f"{what} is {entry!r} in {INDEX}; it must be [library, class]")
+    library, name = entry
+    is_ours = library.startswith("smalti.") and all(part.isidentifier() for part in library.split("."))
+    if not is_ours and (library, base) != ("diffusers", SchedulerMixin):
+        raise UserError(f"{what} is a {library}.{name}; only models of smalti and schedulers of diffusers are built")
     try:
-        kind = getattr(importlib.import_module(library), class_name)
+        found = getattr(importlib.import_module(library), name)
     except (ImportError, AttributeError) as error:
-        raise UserError(f"{folder} wants the class {library}.{class_name}, which is not installed") from error
-    if not issubclass(kind, torch.nn.Module):
-        return kind.from_pretrained(folder)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"no model in {folder}: config.json is missing")
-    model = kind.from_config(kind.load_config(folder))
-    _check_weights(folder, set(model.state_dict()))
-    return kind.from_pretrained(folder, torch_dtype=dtype, local_files_only=True).eval()
+        raise UserError(f"{what} is a {library}.{name}, which this installation does not have") from error
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise UserError(f"{what} is a {library}.{name}, which is no {base.__name__}")
+    return found
 
 
-def _check_weights(folder: Path, expected: set[str]) -> None:
-    """Refuses weights that are torn or whose names differ from the model's."""
-    found: set[str] = set()
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"no weights in {folder}: a .safetensors file is missing")
-    for file in files:
+def _scheduler(folder: Path, kind: Any) -> Any:
+    config = read_json(folder / "scheduler_config.json")
+    try:
+        return kind.from_config(config)
+    except BUILD_ERRORS as error:
+        raise UserError(f"{folder} does not describe a {kind.__name__}: {error}") from error
+
+
+def load_part(folder: Path, kind: type[Model], dtype: torch.dtype = torch.float32) -> Model:
+    """A model of this class from its config and safetensors, in evaluation mode.
+
+    Raises:
+        UserError: a file is missing or torn, or weights and config do not fit each other.
+    """
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict) or config.get("_class_name") != kind.__name__:
+        raise UserError(f"{folder / 'config.json'} is not the config of a {kind.__name__}")
+    try:
+        model: Any = kind.from_config(config)  # type: ignore[attr-defined]  # all our models are ConfigMixins too
+    except BUILD_ERRORS as error:
+        raise UserError(f"{folder / 'config.json'} does not describe a {kind.__name__}: {error}") from error
+    model.load_state_dict(_read_weights(folder, model.state_dict()))
+    return model.to(dtype).eval()
+
+
+def _read_weights(folder: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All weights in a folder; refuses those that are torn, or differ from what is expected in names or shapes."""
+    found: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
         try:
-            with safe_open(file, framework="pt") as weights:
-                found.update(weights.keys())
+            found |= load_file(file)
         except (SafetensorError, OSError) as error:
             raise UserError(f"cannot read {file}: {error}; it is torn or no safetensors file") from error
-    missing, extra = sorted(expected - found), sorted(found - expected)
-    if missing or extra:
-        named = [
-            f"{len(keys)} {what} (such as {keys[0]})" for keys, what in ((missing, "missing"), (extra, "extra")) if keys
-        ]
-        raise UserError(f"{folder} does not fit its config: weights {' and '.join(named)}")
+    if not found:
+        raise UserError(f"no weights in {folder}: a .safetensors file is missing")
+    faults = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "extra": sorted(found.keys() - expected.keys()),
+        "of another shape": sorted(key for key in expected.keys() & found if expected[key].shape != found[key].shape),
+    }
+    named = [f"{len(keys)} {fault} (such as {keys[0]})" for fault, keys in faults.items() if keys]
+    if named:
+        raise UserError(f"the weights in {folder} do not fit its config: {', '.join(named)}")
+    return found
 
 
 def save_model(
@@ -132,22 +169,28 @@ def save_model(
         card: json for `smalti.json`; date, hardware and versions are added.
         dtype: of the weights in the files; that of the pipeline if None.
     """
-    folder = Path(folder)
     with atomic_folder(folder) as temporary:
-        pipe.save_pretrained(temporary)
-        if dtype is not None:
-            for part in ("transformer", "autoencoder"):
-                _cast_weights(temporary / part, dtype)
+        try:
+            pipe.save_pretrained(temporary)
+            if dtype is not None:
+                for part, model in (("transformer", pipe.transformer), ("autoencoder", pipe.autoencoder)):
+                    cast_weights(temporary / part, dtype, keep={name for name, _ in model.named_buffers()})
+        except SafetensorError as error:  # carries the text of the system's error, but is no OSError
+            raise OSError(errno.EIO, str(error)) from error
         write_json(temporary / CARD, card | provenance())
-    return folder
+    return Path(folder)
 
 
-def _cast_weights(folder: Path, dtype: torch.dtype) -> None:
+def cast_weights(folder: Path, dtype: torch.dtype, keep: Container[str] = ()) -> None:
+    """Rewrites the safetensors of a folder in another dtype, but for those named in `keep` (latent statistics)."""
     for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as weights:
-            metadata = weights.metadata()
-        tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in load_file(file).items()}
-        save_file(tensors, file, metadata=metadata)
+        tensors = {
+            key: value.to(dtype) if value.is_floating_point() and key not in keep else value
+            for key, value in load_file(file).items()
+        }
+        cast = file.with_suffix(".cast")  # another file, because the tensors may be mapped from this one
+        save_file(tensors, cast, metadata={"format": "pt"})
+        cast.replace(file)
 
 
 def provenance() -> dict[str, Any]:
@@ -163,3 +206,12 @@ def provenance() -> dict[str, Any]:
 def settings_hash(settings: Any) -> str:
     """16 hexadecimal digits of json-able settings, independent of the order of keys."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def weights_hash(model: torch.nn.Module) -> str:
+    """16 hexadecimal digits of a model's configuration, weights and buffers, wherever it was read from."""
+    config = {key: value for key, value in dict(getattr(model, "config", {})).items() if not key.startswith("_")}
+    digest = hashlib.sha256(repr(sorted(config.items())).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

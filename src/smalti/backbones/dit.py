@@ -1,0 +1,188 @@
+"""DiT: the plain diffusion transformer for class or pooled conditions.
+
+Tokens with fixed sine-cosine positions pass blocks of self-attention and feed-forward, each shifted, scaled and gated
+by a vector of time, label and pooled condition. With converted weights it equals diffusers' `DiTTransformer2DModel`
+(see `dit_weights`). It predicts the velocity at t in [0, 1], 0 = data; times may differ from token to token.
+
+Source: DiT (arXiv 2212.09748), adaLN-Zero blocks of its figure 3. Unlike diffusers' class, which gives every block its
+own copy, one embedder of time and label serves all blocks, as in the paper.
+"""
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from smalti.core.errors import UserError
+from smalti.core.protocols import Cond
+from smalti.nn.embeddings import LabelEmbedder, TimeEmbedder, VectorEmbedder
+from smalti.nn.ffn import FeedForward
+from smalti.nn.initialise import draw_weights
+from smalti.nn.modulation import EPS, FinalNorm, Modulation, gated_add, modulated_norm, per_token
+from smalti.nn.patchify import patchify, unpatchify
+from smalti.nn.positions import grid_positions
+from smalti.ops.attention import attention
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with fused projections: (B, N, D) -> (B, N, D).
+
+    Args:
+        width: D = heads * head_dim.
+        heads: h.
+    """
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.to_qkv = nn.Linear(width, 3 * width)
+        self.to_out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, backend: str) -> Tensor:
+        q, k, v = self.to_qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # (B, N, h, d)
+        out = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), backend=backend)
+        return self.to_out(out.transpose(1, 2).flatten(2))
+
+
+class DiTBlock(nn.Module):
+    """Self-attention, then feed-forward, both modulated and gated.
+
+    Args:
+        width: D.
+        heads: h.
+        ffn_ratio: hidden width of the feed-forward layer over D.
+        ffn_norm_eps: epsilon of the second norm.
+    """
+
+    def __init__(self, width: int, heads: int, ffn_ratio: float, ffn_norm_eps: float):
+        super().__init__()
+        self.ffn_norm_eps = ffn_norm_eps
+        self.modulation = Modulation(width, sublayers=2)
+        self.attn = SelfAttention(width, heads)
+        self.ffn = FeedForward(width, ffn_ratio)
+
+    def forward(self, x: Tensor, activated: Tensor, backend: str) -> Tensor:
+        """Tokens (B, N, D) and the activated vector (B, D) or (B, N, D) -> (B, N, D)."""
+        first, second = self.modulation(activated)
+        x = gated_add(x, first.gate, self.attn(modulated_norm(x, first.shift, first.scale), backend))
+        normed = modulated_norm(x, second.shift, second.scale, self.ffn_norm_eps)
+        return gated_add(x, second.gate, self.ffn(normed))
+
+
+class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
+    """Transformer over image tokens: `(x, t, cond) -> velocity`.
+
+    Args:
+        in_channels: channels of the latents.
+        patch_size: side of a patch; height and width are multiples of it.
+        depth: number of blocks.
+        heads: attention heads.
+        head_dim: channels of a head; the width heads * head_dim is a multiple of 4.
+        num_labels: number of classes; 0 = the model takes no label. Index `num_labels` means "none".
+        pooled_dim: channels of the pooled condition; 0 = the model takes none.
+        base_size: side of the grid, in tokens, that positions are scaled to.
+        ffn_ratio: hidden width of the feed-forward layers over the width.
+        ffn_norm_eps: epsilon of the norm before the feed-forward layer.
+        learn_sigma: predict 2 * in_channels, the second half being a variance, as the paper's class models do.
+
+    Example:
+        >>> model = DiT.tiny()
+        >>> model(torch.zeros(1, 4, 6, 8), torch.tensor([0.5]), Cond(label=torch.tensor([2]))).shape
+        torch.Size([1, 4, 6, 8])
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["DiTBlock"]
+    _repeated_blocks = ["DiTBlock"]
+    _skip_layerwise_casting_patterns = ["norm"]
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 4,
+        patch_size: int = 2,
+        depth: int = 12,
+        heads: int = 6,
+        head_dim: int = 64,
+        num_labels: int = 0,
+        pooled_dim: int = 0,
+        base_size: int = 16,
+        ffn_ratio: float = 4.0,
+        ffn_norm_eps: float = EPS,
+        learn_sigma: bool = False,
+    ):
+        super().__init__()
+        width = heads * head_dim
+        if width % 4:
+            raise UserError(f"heads * head_dim is {width}; make it a multiple of 4 for sine-cosine positions")
+        self.patch_size, self.width, self.base_size = patch_size, width, base_size
+        self.attention_backend = "auto"
+        self.gradient_checkpointing = False
+        self.x_embedder = nn.Linear(in_channels * patch_size**2, width)
+        self.time_embedder = TimeEmbedder(width, shift=1)
+        self.label_embedder = LabelEmbedder(num_labels, width) if num_labels else None
+        self.pooled_embedder = VectorEmbedder(pooled_dim, width) if pooled_dim else None
+        self.blocks = nn.ModuleList(DiTBlock(width, heads, ffn_ratio, ffn_norm_eps) for _ in range(depth))
+        self.final_norm = FinalNorm(width)
+        self.proj_out = nn.Linear(width, in_channels * (1 + learn_sigma) * patch_size**2)
+        draw_weights(self, embedders=(self.time_embedder, self.label_embedder, self.pooled_embedder))
+
+    @classmethod
+    def tiny(cls) -> "DiT":
+        """A model of a few thousand weights, for tests: 4 channels, 3 labels, pooled 10."""
+        return cls(in_channels=4, depth=2, heads=2, head_dim=8, num_labels=3, pooled_dim=10, base_size=4)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """Predicts the velocity.
+
+        Args:
+            x: noisy latents (B, C, H, W).
+            t: times in [0, 1], (B,), or (B, N) for every token its own.
+            cond: label (B,) and pooled (B, pooled_dim), each only if the model takes it; a label may be left out.
+
+        Returns:
+            (B, C, H, W), or (B, 2*C, H, W) with `learn_sigma`, in the dtype of x.
+
+        Raises:
+            UserError: the conditioning or the size does not fit the model.
+        """
+        height, width = x.shape[-2:]
+        tokens = patchify(x, self.patch_size).to(self.proj_out.bias.dtype)
+        self._check(t, tokens, cond)
+        rows, columns = height // self.patch_size, width // self.patch_size
+        positions = grid_positions(rows, columns, self.width, self.base_size, x.device)
+        tokens = self.x_embedder(tokens)  # (B, N, D)
+        tokens = tokens + positions.to(tokens.dtype)
+        activated = F.silu(self.vector(t, cond))
+        for block in self.blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                tokens = self._gradient_checkpointing_func(block, tokens, activated, self.attention_backend)  # type: ignore[misc]
+            else:
+                tokens = block(tokens, activated, self.attention_backend)
+        velocity = self.proj_out(self.final_norm(tokens, activated))
+        return unpatchify(velocity, height, width, self.patch_size).to(x.dtype)
+
+    def vector(self, t: Tensor, cond: Cond) -> Tensor:
+        """The conditioning vector, (B, D) for t (B,), (B, N, D) for t (B, N)."""
+        vector = self.time_embedder(t)
+        added = []
+        if self.label_embedder is not None:
+            added.append(self.label_embedder(cond.label, t.shape[0]))
+        if self.pooled_embedder is not None and cond.pooled is not None:
+            added.append(self.pooled_embedder(cond.pooled.to(vector.dtype)))
+        for part in added:
+            vector = vector + (per_token(part) if vector.ndim == 3 else part)
+        return vector
+
+    def _check(self, t: Tensor, tokens: Tensor, cond: Cond) -> None:
+        if t.shape not in (tokens.shape[:1], tokens.shape[:2]):
+            raise UserError(
+                f"got t {tuple(t.shape)}; for x it must be {tuple(tokens.shape[:1])} or {tuple(tokens.shape[:2])}"
+            )
+        if cond.label is not None and self.label_embedder is None:
+            raise UserError("this DiT takes no cond.label, because its num_labels is 0; leave the label out")
+        if (cond.pooled is None) == (self.pooled_embedder is not None):
+            state = "needs" if cond.pooled is None else "takes no"
+            raise UserError(f"this DiT {state} cond.pooled, because its pooled_dim is {self.config['pooled_dim']}")

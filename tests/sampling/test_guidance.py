@@ -1,0 +1,57 @@
+import pytest
+import torch
+
+from smalti.core.errors import UserError
+from smalti.core.protocols import Cond
+from smalti.sampling.guidance import Guidance, bind
+
+
+class Labelled:
+    """A denoiser whose velocity is its label, and which notes the size of its calls."""
+
+    def __init__(self):
+        self.rows = []
+
+    def __call__(self, x, t, cond):
+        assert t.shape == (len(x),)
+        self.rows.append(len(x))
+        return cond.label[:, None].float().expand_as(x) * t[:, None]
+
+
+COND, UNCOND = Cond(label=torch.tensor([3, 5])), Cond(label=torch.tensor([1, 1]))
+X = torch.zeros(2, 4)
+
+
+@pytest.mark.parametrize("is_batched", [True, False])
+def test_formula_and_calls(is_batched):
+    denoiser = Labelled()
+    velocity = bind(denoiser, COND, UNCOND, Guidance(2.5, is_batched=is_batched))(X, 0.5)
+    assert velocity[:, 0].tolist() == [0.5 * (1 + 2.5 * 2), 0.5 * (1 + 2.5 * 4)]
+    assert denoiser.rows == ([4] if is_batched else [2, 2])
+
+
+def test_outside_the_interval_only_the_conditional_branch_runs():
+    denoiser = Labelled()
+    bound = bind(denoiser, COND, UNCOND, Guidance(2.0, interval=(0.25, 0.75)))
+    assert bound(X, 0.9)[:, 0].tolist() == pytest.approx([2.7, 4.5])
+    assert bound(X, 0.5)[:, 0].tolist() == [0.5 * (1 + 2 * 2), 0.5 * (1 + 2 * 4)]
+    bound(X, 0.25), bound(X, 0.2)
+    assert denoiser.rows == [2, 4, 4, 2]
+
+
+def test_scale_of_one_is_the_conditional_branch_alone():
+    denoiser = Labelled()
+    assert torch.equal(bind(denoiser, COND, UNCOND, Guidance(1.0))(X, 0.5), bind(denoiser, COND)(X, 0.5))
+    assert denoiser.rows == [2, 2]
+
+
+def test_scale_of_zero_is_unconditional():
+    assert torch.equal(bind(Labelled(), COND, UNCOND, Guidance(0.0))(X, 0.5), bind(Labelled(), UNCOND)(X, 0.5))
+
+
+def test_refuses():
+    with pytest.raises(UserError, match="unconditional branch"):
+        bind(Labelled(), COND, None, Guidance(2.0))
+    for scale, interval in ((-1.0, (0, 1)), (float("inf"), (0, 1)), (2.0, (0.8, 0.2)), (2.0, (0.0, 1.5))):
+        with pytest.raises(UserError, match="choose"):
+            Guidance(scale, interval)
