@@ -28,7 +28,7 @@ data_app = typer.Typer(help="Data sets: list them, or get one.", invoke_without_
 app.add_typer(data_app, name="data")
 
 # Typer carries its own copy of click and names only this one of its errors; the base is what bad usage raises.
-_USAGE_ERROR = typer.BadParameter.__bases__[0]
+_USAGE_ERROR: Any = typer.BadParameter.__bases__[0]
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Settings = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; dots reach inside.")]

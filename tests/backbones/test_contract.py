@@ -1,5 +1,6 @@
 """What every backbone keeps; backbones are the classes with a `tiny()` preset in the modules of the folder."""
 
+import doctest
 import inspect
 
 import pytest
@@ -100,3 +101,8 @@ def test_block_names_exist(model):
     assert model._supports_gradient_checkpointing
     assert set(model._no_split_modules) <= classes
     assert set(model._repeated_blocks) <= classes
+
+
+@pytest.mark.parametrize("name", members("backbones"))
+def test_examples_run(name):
+    assert doctest.testmod(load_member("backbones", name)).failed == 0

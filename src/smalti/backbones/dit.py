@@ -89,7 +89,8 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     Example:
         >>> model = DiT.tiny()
-        >>> model(torch.zeros(1, 4, 6, 8), torch.tensor([0.5]), Cond(label=torch.tensor([2]))).shape
+        >>> cond = Cond(label=torch.tensor([2]), pooled=torch.zeros(1, 10))
+        >>> model(torch.zeros(1, 4, 6, 8), torch.tensor([0.5]), cond).shape
         torch.Size([1, 4, 6, 8])
     """
 

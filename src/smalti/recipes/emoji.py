@@ -56,6 +56,7 @@ class EmojiRecipe:
         training: the transformer's training.
         objective: path, times and weights of the transformer's loss.
         guidance: default guidance scale of the pipeline.
+        measured: held-out (concept, style) pairs that are drawn and judged at the end.
     """
 
     topics: tuple[str, ...] | None
@@ -68,6 +69,7 @@ class EmojiRecipe:
     text_length: int = 16
     objective: FlowMatching = field(default_factory=FlowMatching)
     guidance: float = 3.0
+    measured: int = 400
 
 
 PRESETS = {
@@ -148,7 +150,7 @@ def train(recipe: EmojiRecipe, out: Path, resume: bool = False) -> Path:
         settings = asdict(recipe)
         card |= {"settings": settings, "settings_hash": settings_hash(settings)}
         card |= {"images_seen": report.steps * recipe.training.batch, "held_out_loss": report.held_out_loss}
-        card |= {"metrics": emoji_metrics(pipe, recipe.topics), "autoencoder_psnr": held_out_psnr(autoencoder, recipe)}
+        card |= {"metrics": emoji_metrics(pipe, recipe.topics, recipe.measured), "autoencoder_psnr": held_out_psnr(autoencoder, recipe)}
         save_model(pipe, out / "model", card, torch.bfloat16)
     processes.wait_for_everyone()
     return out / "model"

@@ -1,12 +1,15 @@
 """Prompts to pictures on disk: checks first, then the work, then whole files."""
 
 import json
+import os
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -90,9 +93,8 @@ def draw(request: Request) -> dict[str, Any]:
     check_creatable(request.out)
     height, width = _size(request.size)
     scheduler = make_scheduler(request.solver)
-    pipe = load_model(request.model)
-    if request.solver != "euler":
-        pipe.scheduler = scheduler
+    pipe = load_model(request.model, "cuda" if torch.cuda.is_available() else "cpu")
+    pipe.register_modules(scheduler=scheduler)
     wanted = _pictures(request, pipe)
     files = _files(request.out, len(wanted))
     for file in files:
@@ -102,7 +104,7 @@ def draw(request: Request) -> dict[str, Any]:
     images: list[Image.Image] = []
     for start in range(0, len(wanted), BATCH):
         part = wanted[start : start + BATCH]
-        images += pipe(
+        drawn = pipe(
             [picture.prompt for picture in part],
             style=[picture.style for picture in part],
             num_inference_steps=request.steps,
@@ -110,14 +112,15 @@ def draw(request: Request) -> dict[str, Any]:
             height=height,
             width=width,
             generator=generators_for([picture.seed for picture in part]),
-        ).images
+        )
+        assert isinstance(drawn, ImagePipelineOutput)
+        images += drawn.images
     seconds = time.perf_counter() - started
-    guidance = pipe.config.default_guidance if request.guidance is None else request.guidance
     settings = {
         "model": request.model,
         "steps": request.steps,
         "solver": request.solver,
-        "guidance": guidance,
+        "guidance": pipe.config["default_guidance"] if request.guidance is None else request.guidance,
         "size": [images[0].height, images[0].width],
     }
     _write(request.out, files, wanted, images, settings)
@@ -131,9 +134,9 @@ def draw(request: Request) -> dict[str, Any]:
 
 def _pictures(request: Request, pipe: TextToImagePipeline) -> list[_Picture]:
     """Every picture in order: prompts, then styles, then seeds."""
-    styles = list(pipe.config.styles or ())
+    styles = list(pipe.config["styles"])
     prompts = request.prompts
-    if pipe.config.text_encoder is None:
+    if pipe.config["text_encoder"] is None:
         if prompts:
             raise UserError(
                 f"model {request.model!r} takes no prompt; leave it out" + (", choose a --style" if styles else "")
@@ -145,10 +148,10 @@ def _pictures(request: Request, pipe: TextToImagePipeline) -> list[_Picture]:
         chosen: list[str | None] = [styles[0]] if styles else [None]
     elif not styles:
         raise UserError(f"model {request.model!r} has no styles; leave --style out")
-    elif request.style == "all":
-        chosen = [*styles]
     elif request.style in styles:
         chosen = [request.style]
+    elif request.style == "all":
+        chosen = [*styles]
     else:
         raise unknown_name("style", request.style, [*styles, "all"])
     seeds = range(request.seed, request.seed + request.count)
@@ -189,4 +192,7 @@ def _save(path: Path, image: Image.Image, settings: dict[str, Any]) -> None:
     """A PNG with its settings in its metadata; the same settings give the same bytes."""
     metadata = PngInfo()
     metadata.add_text(PNG_KEY, json.dumps(settings, ensure_ascii=True))
-    image.save(path, format="PNG", pnginfo=metadata)
+    with path.open("wb") as file:
+        image.save(file, format="PNG", pnginfo=metadata)
+        file.flush()
+        os.fsync(file.fileno())  # a full disk shows here, before any file takes its place

@@ -182,6 +182,6 @@ class ConvAutoencoder(ModelMixin, ConfigMixin):
 
         One deviation keeps the balance between strong and weak channels that the autoencoder has learned.
         """
-        mean, variance = channel_moments(self.posterior(pixels)[0] for pixels in batches)
+        mean, variance = channel_moments(self.posterior(pixels.to(self.device))[0] for pixels in batches)
         self.latents_mean.copy_(mean)
         self.latents_std.fill_(variance.mean().sqrt().item())

@@ -12,12 +12,15 @@ import diffusers
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from safetensors import SafetensorError
 from torch import Tensor
 
 from smalti.core.errors import UserError
 from smalti.core.files import read_json
 from smalti.core.protocols import Generators, Latents
 from smalti.tokenizers.latent_statistics import channel_moments
+
+TRIAL_SIDE = 256
 
 
 class DiffusersAutoencoder(ModelMixin, ConfigMixin):
@@ -49,21 +52,17 @@ class DiffusersAutoencoder(ModelMixin, ConfigMixin):
             UserError: there is no autoencoder of pictures in the folder.
         """
         config = read_json(Path(folder) / "config.json")
-        kind = _class(str(config.get("_class_name")))
-        try:
-            model = kind.from_pretrained(folder, local_files_only=True).eval()
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read the autoencoder in {folder}: {error}") from error
-        side = 256
+        name = str(config.get("_class_name") if isinstance(config, dict) else None)
+        model = _read(Path(folder), _class(name))
         try:
             with torch.no_grad():
-                trial = _mean(model.encode(torch.zeros(1, 3, side, side)))
-        except (RuntimeError, ValueError, TypeError) as error:
-            raise UserError(
-                f"{config['_class_name']} in {folder} does not encode pictures of 3 channels: {error}"
-            ) from error
+                trial = _mean(model.encode(torch.zeros(1, 3, TRIAL_SIDE, TRIAL_SIDE)))
+        except (RuntimeError, ValueError, TypeError, LookupError) as error:
+            raise UserError(f"{name} in {folder} does not encode pictures of 3 channels: {error}") from error
+        if trial.ndim != 4:
+            raise UserError(f"{name} in {folder} gives latents of shape {tuple(trial.shape)}; (B, C, h, w) is needed")
         settings = {key: value for key, value in model.config.items() if not key.startswith("_")}
-        wrapped = cls(config["_class_name"], settings, side // trial.shape[-1], trial.shape[1])
+        wrapped = cls(name, settings, TRIAL_SIDE // trial.shape[-1], trial.shape[1])
         wrapped.model = model
         return wrapped.eval()
 
@@ -86,9 +85,26 @@ class DiffusersAutoencoder(ModelMixin, ConfigMixin):
     @torch.no_grad()
     def measure_statistics(self, batches) -> None:
         """Sets mean and deviation of each channel from an iterable of pixel batches (B, 3, H, W)."""
-        mean, variance = channel_moments(_mean(self.model.encode(pixels)) for pixels in batches)
+        mean, variance = channel_moments(_mean(self.model.encode(pixels.to(self.device))) for pixels in batches)
         self.latents_mean.copy_(mean)
         self.latents_std.copy_(variance.clamp_min(1e-8).sqrt())
+
+
+def _read(folder: Path, kind: Any) -> Any:
+    """The autoencoder, if its safetensors hold all of its weights and no others."""
+    try:
+        model, loading = kind.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
+        raise UserError(f"cannot read the autoencoder in {folder}: {error}") from error
+    faults = {
+        fault: loading[fault] for fault in ("missing_keys", "unexpected_keys", "mismatched_keys") if loading[fault]
+    }
+    if faults:
+        named = ", ".join(f"{len(keys)} {fault.replace('_', ' ')}" for fault, keys in faults.items())
+        raise UserError(f"the weights of the autoencoder in {folder} do not fit its config: {named}")
+    return model.eval()
 
 
 def _class(name: str) -> Any:

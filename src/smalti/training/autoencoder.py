@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from smalti.core.protocols import Batch, Cond, Tokenizer
+from smalti.core.protocols import Batch, Cond
 from smalti.core.seeds import rand
 from smalti.objectives.reconstruction import AutoencoderReconstruction, psnr
 from smalti.tokenizers.conv_autoencoder import ConvAutoencoder
+from smalti.tokenizers.diffusers_autoencoder import DiffusersAutoencoder
 from smalti.training.config import TrainConfig
 from smalti.training.trainer import Trainer, TrainReport
 
 CHUNK = 32
+MEASURED = 2048
 
 
 class Pictures(Protocol):
@@ -79,11 +81,13 @@ def fit_autoencoder(
         pictures: the training pictures.
         config: steps, batch and rates.
         out: folder of log and checkpoints.
-        from_patches: begin at the principal components of 2,048 of the pictures instead of the model's own weights.
+        from_patches: begin at the principal components of 2,048 pictures instead of the model's own weights.
         resume: go on from the last checkpoint in `out`.
-        groups: see `PixelSource`.
+        groups: see `PixelSource`; pictures in none of them are left out.
     """
-    some = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(config.seed))[:2048].tolist()
+    used = torch.arange(len(pictures)) if groups is None else torch.cat(list(groups))
+    order = torch.randperm(len(used), generator=torch.Generator().manual_seed(config.seed))
+    some = used[order[:MEASURED]].tolist()
     if from_patches:
         model.start_from_patches(torch.cat(list(_same_size_patches(pictures, some, model.factor))))
     objective = AutoencoderReconstruction(model.factor, model.latent_channels)
@@ -103,11 +107,13 @@ def _same_size_patches(pictures: Pictures, indices: Sequence[int], factor: int) 
 
 
 @torch.no_grad()
-def reconstruction_psnr(model: Tokenizer, pictures: Pictures, indices: Sequence[int] | None = None) -> float:
+def reconstruction_psnr(
+    model: ConvAutoencoder | DiffusersAutoencoder, pictures: Pictures, indices: Sequence[int] | None = None
+) -> float:
     """Mean PSNR in dB of the pictures after encode and decode; all pictures if no indices are given."""
     values = []
     for chunk in chunks(range(len(pictures)) if indices is None else indices, 1):
-        pixels = pictures.pixels(chunk)
+        pixels = pictures.pixels(chunk).to(model.device)
         values.append(psnr(model.decode(model.encode(pixels)), pixels))
     return torch.cat(values).mean().item()
 

@@ -4,6 +4,7 @@ What is random about a sample (which phrasing of its caption, whether caption or
 guidance, arXiv 2207.12598, which view of the picture) comes from its own generator, never from the batch.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from smalti.core.protocols import Batch, Cond, TextEmbedding, TextEncoder
 from smalti.core.seeds import rand
+from smalti.training.messages import is_main, say
 
 CHUNK = 256
 
@@ -66,8 +68,7 @@ class LatentSource:
     def batch(self, indices: Tensor, generators: Sequence[torch.Generator]) -> Batch:
         """The samples `indices` (B,), all of one shape; one generator for each decides phrasing, dropout and view."""
         draw = rand((len(indices), 4), generators)  # phrasing, text dropped, label dropped, view
-        view = (draw[:, 3] * len(self.views)).long()
-        x0 = torch.stack([self.views[v][i[None]][0] for v, i in zip(view.tolist(), indices, strict=True)]).float()
+        x0 = self._latents(indices, (draw[:, 3] * len(self.views)).long())
         label = None
         if self.labels is not None:
             label = torch.where(draw[:, 2] < self.label_dropout, self.dropped_label, self.labels[indices])
@@ -79,13 +80,19 @@ class LatentSource:
         text = self.captions.text[row].to(torch.float32)
         return Batch(x0, Cond(text.tokens, text.pooled, text.mask, label), indices)
 
+    def _latents(self, indices: Tensor, view: Tensor) -> Tensor:
+        """Latents (B, C, h, w) of samples, each from its view (B,); one look-up a view."""
+        rows = [(view == number).nonzero()[:, 0] for number in range(len(self.views))]
+        parts = [table[indices[row]] for table, row in zip(self.views, rows, strict=True) if len(row)]
+        return torch.cat(parts).float()[torch.cat(rows).argsort()]
+
 
 def embed_captions(phrasings: Sequence[Sequence[str]], encoder: TextEncoder) -> Captions:
     """Embeds every different phrasing list once.
 
     Args:
         phrasings: at least one phrasing a sample; samples with equal lists share their rows.
-        encoder: of text, best one that caches.
+        encoder: of text, best one that caches. How many captions it cuts is said in one line.
 
     Returns:
         The embeddings in float16 and each sample's rows.
@@ -98,6 +105,19 @@ def embed_captions(phrasings: Sequence[Sequence[str]], encoder: TextEncoder) -> 
             texts += one
     texts.append("")
     starts = range(0, len(texts), CHUNK)
-    with_progress = tqdm(starts, desc="embedding captions", disable=len(starts) < 3)
-    parts = [encoder.encode(texts[start : start + CHUNK]).to(torch.float16) for start in with_progress]
+    bar = tqdm(starts, desc="embedding captions", disable=len(starts) < 3 or not is_main())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        parts = [encoder.encode(texts[start : start + CHUNK]).to(torch.float16) for start in bar]
+    _report(caught, len(texts) - 1)
     return Captions(TextEmbedding.cat(parts), torch.tensor([place[tuple(one)] for one in phrasings]))
+
+
+def _report(caught: Sequence[warnings.WarningMessage], captions: int) -> None:
+    """One line for all captions that were cut; any other warning as it came."""
+    cut = [one for one in caught if "words were cut" in str(one.message)]
+    for one in caught:
+        if one not in cut:
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+    if cut:
+        say(f"{len(cut)} of {captions} captions are longer than text_length; their last words were cut")

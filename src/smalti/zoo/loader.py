@@ -10,7 +10,8 @@ import hashlib
 import importlib
 import json
 import platform
-from collections.abc import Container
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -169,16 +170,30 @@ def save_model(
         card: json for `smalti.json`; date, hardware and versions are added.
         dtype: of the weights in the files; that of the pipeline if None.
     """
-    with atomic_folder(folder) as temporary:
-        try:
-            pipe.save_pretrained(temporary)
-            if dtype is not None:
-                for part, model in (("transformer", pipe.transformer), ("autoencoder", pipe.autoencoder)):
-                    cast_weights(temporary / part, dtype, keep={name for name, _ in model.named_buffers()})
-        except SafetensorError as error:  # carries the text of the system's error, but is no OSError
-            raise OSError(errno.EIO, str(error)) from error
+    with _whole_folder(folder) as temporary:
+        pipe.save_pretrained(temporary)
+        if dtype is not None:
+            for part, model in (("transformer", pipe.transformer), ("autoencoder", pipe.autoencoder)):
+                cast_weights(temporary / part, dtype, keep={name for name, _ in model.named_buffers()})
         write_json(temporary / CARD, card | provenance())
     return Path(folder)
+
+
+def save_part(model: ModelMixin, folder: Path) -> Path:
+    """Writes a model that `load_part` reads, atomically."""
+    with _whole_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+    return folder
+
+
+@contextmanager
+def _whole_folder(folder: Path | str) -> Iterator[Path]:
+    """An `atomic_folder` that takes the errors of safetensors for those of the system, whose text they carry."""
+    with atomic_folder(folder) as temporary:
+        try:
+            yield temporary
+        except SafetensorError as error:
+            raise OSError(errno.EIO, str(error)) from error
 
 
 def cast_weights(folder: Path, dtype: torch.dtype, keep: Container[str] = ()) -> None:

@@ -1,0 +1,36 @@
+"""The folder of a training: a new one, or one that the same training has left to be resumed."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from smalti.core.errors import UserError
+from smalti.core.files import read_json, write_json
+from smalti.training.messages import say
+from smalti.training.run_state import check_identity, plain
+
+MARKER = "training.json"
+
+
+def open_run(out: Path, identity: Mapping[str, Any], resume: bool) -> None:
+    """Makes the folder of a training, or checks that it is this one's; called by the main process alone.
+
+    Args:
+        out: the folder.
+        identity: whatever makes it another training, as `run_state.plain` makes json of it.
+        resume: whether a training that is there may go on.
+
+    Raises:
+        UserError: it holds this training and `resume` is off, another training, or things of another kind.
+    """
+    marker = out / MARKER
+    if marker.is_file():
+        if not resume:
+            raise UserError(f"{out} already holds a training; go on with --resume, or choose another --out")
+        check_identity(read_json(marker), plain(identity))
+    elif out.is_dir() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty and holds no training that can be resumed; choose another --out")
+    else:
+        if resume:
+            say(f"there is nothing to resume in {out}; starting from the beginning")
+        write_json(marker, plain(identity))
