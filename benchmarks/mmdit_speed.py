@@ -3,18 +3,12 @@
 Both run in one process on the same inputs. First their outputs and gradients must agree; then pairs are timed in turn
 and the median of the ratios ours / theirs is reported with its bootstrap 95 % interval.
 
-    python benchmarks/mmdit_speed.py --device cpu --threads 1 --shape emoji --json FILE
+    smalti bench mmdit_speed --set shape=emoji --set threads=1 --json
 """
 
-import argparse
-import json
 import os
-import platform
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -25,11 +19,11 @@ from torch import Tensor
 from smalti.backbones.flux_weights import flux_to_mmdit
 from smalti.backbones.mmdit import MMDiT
 from smalti.core.errors import UserError, unknown_name
-from smalti.core.files import write_json
 from smalti.core.protocols import Cond
 from smalti.evaluation.timing import Ratio, paired_ratio
 from smalti.nn.patchify import patchify
 from smalti.nn.rope import grid_labels
+from smalti.zoo.loader import provenance
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
 
@@ -125,15 +119,9 @@ class Pair:
         return gradient
 
 
-def run(
-    shape: str = "emoji",
-    device: str = "cpu",
-    threads: int = 1,
-    repeats: int = 30,
-    warmup: int = 3,
-    compiled: bool = False,
-) -> dict[str, Any]:
-    """Measures both steps.
+@dataclass(frozen=True)
+class Settings:
+    """What is measured.
 
     Args:
         shape: one of `SHAPES`.
@@ -142,64 +130,65 @@ def run(
         repeats: timed pairs.
         warmup: pairs before them.
         compiled: compile both models.
+    """
 
-    Returns:
-        A json-ready report; `training` and `sampling` hold the ratios ours / theirs.
+    shape: str = "emoji"
+    device: str = "cpu"
+    threads: int = 1
+    repeats: int = 30
+    warmup: int = 3
+    compiled: bool = False
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """Measures both steps; `training` and `sampling` of the result hold the ratios ours / theirs.
 
     Raises:
         UserError: unknown shape, or no such device.
     """
-    if shape not in SHAPES:
-        raise unknown_name("shape", shape, SHAPES)
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("got device cuda, but torch sees no CUDA device; use --device cpu")
-    torch.set_num_threads(threads)
-    settings = SHAPES[shape]
-    pair = Pair(settings, torch.device(device), torch.float32 if device == "cpu" else torch.bfloat16)
+    if settings.shape not in SHAPES:
+        raise unknown_name("shape", settings.shape, SHAPES)
+    if settings.device not in ("cpu", "cuda"):
+        raise unknown_name("device", settings.device, ("cpu", "cuda"))
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("got device cuda, but torch sees no CUDA device; use device=cpu")
+    torch.set_num_threads(settings.threads)
+    shape = SHAPES[settings.shape]
+    pair = Pair(shape, torch.device(settings.device), torch.float32 if settings.device == "cpu" else torch.bfloat16)
     equality = pair.check()
-    if compiled:
+    if settings.compiled:
         pair.ours.compile(dynamic=False)
         pair.theirs.compile(dynamic=False)
-    ours, theirs = pair.calls(settings.train_batch)
-    training = paired_ratio(_training(pair.ours, ours), _training(pair.theirs, theirs), repeats, warmup)
-    ours, theirs = pair.calls(settings.sample_batch)
-    sampling = paired_ratio(torch.no_grad()(ours), torch.no_grad()(theirs), repeats, warmup)
+    ours, theirs = pair.calls(shape.train_batch)
+    training = paired_ratio(
+        _training(pair.ours, ours), _training(pair.theirs, theirs), settings.repeats, settings.warmup
+    )
+    ours, theirs = pair.calls(shape.sample_batch)
+    sampling = paired_ratio(torch.no_grad()(ours), torch.no_grad()(theirs), settings.repeats, settings.warmup)
     return {
         "benchmark": "mmdit_speed",
-        "shape": shape,
-        "shape_settings": asdict(settings),
+        "settings": asdict(settings),
+        "shape": asdict(shape),
         "parameters": sum(p.numel() for p in pair.ours.parameters()),
-        "compiled": compiled,
-        "warmup": warmup,
-        "repeats": repeats,
         "equality": equality,
         "training": _report(training),
         "sampling": _report(sampling),
-        "machine": _machine(device, threads),
+        "cores": os.cpu_count(),
+        "diffusers": diffusers.__version__,
+        **provenance(),
     }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status: 0 done, 1 an interval stays above 1, 2 the input is at fault."""
-    parser = argparse.ArgumentParser(description="MMDiT against diffusers' Flux of the same shape.")
-    parser.add_argument("--shape", default="emoji", help=f"one of {', '.join(SHAPES)}")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--compile", action="store_true", dest="compiled")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    options = vars(parser.parse_args(arguments))
-    file = options.pop("json")
-    try:
-        report = run(**options)
-        if file:
-            write_json(file, report)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(json.dumps(report, indent=1))
-    return 0 if report["training"]["reaches_one"] and report["sampling"]["reaches_one"] else 1
+def table(result: dict[str, Any]) -> str:
+    """The two ratios as text."""
+    lines = []
+    for name in ("training", "sampling"):
+        part = result[name]
+        verdict = "reaches 1" if part["reaches_one"] else "stays above 1"
+        lines.append(
+            f"{name:9} ours / diffusers' {part['median']:.3f} [{part['low']:.3f}, {part['high']:.3f}], {verdict}"
+        )
+    return "\n".join(lines)
 
 
 def _training(model: torch.nn.Module, call: Callable[[], Tensor]) -> Callable[[], None]:
@@ -237,19 +226,3 @@ def _difference(ours: Tensor, theirs: Tensor) -> float:
 
 def _report(ratio: Ratio) -> dict[str, Any]:
     return {**asdict(ratio), "reaches_one": ratio.reaches_one}
-
-
-def _machine(device: str, threads: int) -> dict[str, Any]:
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
-        "threads": threads,
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "python": platform.python_version(),
-        "date": datetime.now(UTC).date().isoformat(),
-    }
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,29 +1,22 @@
 """The speed benchmark runs, refuses unequal models and bad input, and writes what it measured."""
 
-import importlib.util
-import json
-from pathlib import Path
-
 import pytest
 import torch
 
-FILE = Path(__file__).parents[2] / "benchmarks" / "mmdit_speed.py"
-SPEC = importlib.util.spec_from_file_location("mmdit_speed", FILE)
-mmdit_speed = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(mmdit_speed)
+from smalti.core.discovery import load_benchmark
+from smalti.core.errors import UserError
+
+mmdit_speed = load_benchmark("mmdit_speed")
 
 
-def test_reports_what_it_measured(tmp_path):
-    file = tmp_path / "speed.json"
-    status = mmdit_speed.main(["--shape", "tiny", "--repeats", "3", "--warmup", "1", "--json", str(file)])
-    report = json.loads(file.read_text())
-    both = [report["training"], report["sampling"]]
-    assert status == (0 if all(part["reaches_one"] for part in both) else 1)
-    for part in both:
+def test_reports_what_it_measured():
+    report = mmdit_speed.run(mmdit_speed.Settings(shape="tiny", repeats=3, warmup=1))
+    for part in (report["training"], report["sampling"]):
         assert part["pairs"] == 3
         assert 0 < part["low"] <= part["median"] <= part["high"]
     assert report["equality"]["output_difference"] <= 1e-5
-    assert report["machine"]["threads"] == 1
+    assert report["settings"]["threads"] == 1
+    assert "training" in mmdit_speed.table(report)
 
 
 def test_unequal_models_are_not_timed():
@@ -34,6 +27,8 @@ def test_unequal_models_are_not_timed():
         pair.check()
 
 
-def test_bad_input_ends_with_status_2(capsys):
-    assert mmdit_speed.main(["--shape", "tinny"]) == 2
-    assert "did you mean 'tiny'" in capsys.readouterr().err
+def test_bad_input_is_named():
+    with pytest.raises(UserError, match="did you mean 'tiny'"):
+        mmdit_speed.run(mmdit_speed.Settings(shape="tinny"))
+    with pytest.raises(UserError, match="unknown device"):
+        mmdit_speed.run(mmdit_speed.Settings(device="gpu"))

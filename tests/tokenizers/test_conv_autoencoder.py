@@ -6,7 +6,6 @@ from smalti.core.protocols import Batch, Cond, Latents, TrainState
 from smalti.core.seeds import generators_for
 from smalti.objectives.reconstruction import AutoencoderReconstruction, psnr
 from smalti.tokenizers.conv_autoencoder import ConvAutoencoder
-from smalti.tokenizers.latent_statistics import channel_moments
 
 SMALL = {"factor": 4, "latent_channels": 6, "widths": (8, 16), "encoder_blocks": (1, 1), "decoder_blocks": (1, 1)}
 
@@ -25,7 +24,9 @@ def test_untrained_it_is_the_best_linear_autoencoder(pictures):
     mean = patches.mean(0)
     _, _, basis = torch.linalg.svd(patches - mean, full_matrices=False)
     best = (patches - mean) @ basis[:6].T @ basis[:6] + mean
-    ours = torch.nn.functional.pixel_unshuffle(model(pictures).pixels.double(), 4).flatten(2).transpose(1, 2).flatten(0, 1)
+    ours = (
+        torch.nn.functional.pixel_unshuffle(model(pictures).pixels.double(), 4).flatten(2).transpose(1, 2).flatten(0, 1)
+    )
     torch.testing.assert_close(ours, best, atol=1e-4, rtol=0)
 
 
@@ -68,7 +69,9 @@ def test_training_improves_it(pictures):
     before = psnr(model(pictures).pixels, pictures).mean()
     for step in range(60):
         batch = Batch(pictures, Cond(), torch.arange(64))
-        result = objective.loss(lambda x, noise: model(x, noise), batch, TrainState(), torch.Generator().manual_seed(step))
+        result = objective.loss(
+            lambda x, noise: model(x, noise), batch, TrainState(), torch.Generator().manual_seed(step)
+        )
         optimizer.zero_grad()
         result.loss.backward()
         optimizer.step()
@@ -83,17 +86,3 @@ def test_sizes_and_settings_that_do_not_fit():
         ConvAutoencoder(factor=6)
     with pytest.raises(UserError, match="one entry for each halving"):
         ConvAutoencoder(factor=8, widths=(8, 8))
-
-
-def test_moments_of_a_stream():
-    z = torch.randn(10, 3, 4, 5) * torch.tensor([1.0, 2.0, 3.0])[:, None, None] + 1
-    mean, variance = channel_moments(z.split(3))
-    torch.testing.assert_close(mean, z.double().mean((0, 2, 3)))
-    torch.testing.assert_close(variance, z.double().var((0, 2, 3), correction=0))
-    with pytest.raises(ValueError, match="no latents"):
-        channel_moments([])
-
-
-def test_psnr():
-    a = torch.zeros(2, 3, 4, 4)
-    torch.testing.assert_close(psnr(a, a + 0.2), torch.full((2,), 20.0))

@@ -1,5 +1,7 @@
 import math
+import os
 import shutil
+import signal
 from dataclasses import replace
 
 import pytest
@@ -176,6 +178,14 @@ def test_samples_are_drawn_from_the_averaged_model(tmp_path):
     silent = make(tmp_path / "b", steps=9, dropout=0.3)
     silent.fit()
     assert same_weights(silent.state.model, trainer.state.model)
+
+
+def test_a_signal_in_the_last_moment_still_ends_the_process(tmp_path):
+    trainer = make(tmp_path, steps=3, sample_every=3, on_sample=lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as end:
+        trainer.fit()
+    assert end.value.code == 143
+    assert checkpoints.latest(tmp_path / "checkpoints").name == "step-00000003"
 
 
 def test_the_model_trains_on_after_its_own_evaluation_without_an_average(tmp_path):

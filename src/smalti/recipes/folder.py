@@ -1,44 +1,42 @@
 """A model of one's own from a folder of pictures: captions, labels of sub-folders, or neither.
 
-The autoencoder that ships is measured on the pictures first and fine-tuned on them only where it falls short. Captions
-train a joint-attention transformer, labels (or nothing) a plain diffusion transformer.
+The autoencoder that ships is measured on the pictures first and trained on them only where it falls short. Captions
+train a joint-attention transformer, labels (or nothing) a plain diffusion transformer; the patch grows with the
+size, so that a square picture has at most 16 x 16 tokens. From 200 pictures on, one in twenty is held out.
+Several processes train together; the first of them reads, writes and talks.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+import hashlib
+import json
+import math
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
-from smalti.backbones.dit import DiT
-from smalti.backbones.mmdit import MMDiT
 from smalti.core.errors import UserError
-from smalti.core.files import check_writable
-from smalti.core.seeds import generators_for
+from smalti.core.files import atomic_file, check_creatable
 from smalti.data.folder import FolderSet, load_folder
-from smalti.data.latent_cache import LatentCache, build_cache, cache_key
-from smalti.evaluation.copies import copy_report
 from smalti.evaluation.emoji_metrics import spread
-from smalti.evaluation.features import EfficientNetLite0
-from smalti.evaluation.sheet import from_images, sheet
 from smalti.objectives.flow_matching import FlowMatching
-from smalti.sampling.pipeline import TextToImagePipeline
-from smalti.sampling.schedulers import make_scheduler
-from smalti.tokenizers.conv_autoencoder import ConvAutoencoder
-from smalti.tokenizers.diffusers_autoencoder import DiffusersAutoencoder
-from smalti.tokenizers.text_encoder import EmbeddingCache, MiniLMEncoder
-from smalti.training.autoencoder import fit_autoencoder, reconstruction_psnr
+from smalti.recipes.folder_autoencoder import Autoencoder, base_autoencoder, fitted_autoencoder
+from smalti.recipes.folder_model import build_pipeline, build_transformer, patch_size
+from smalti.recipes.folder_samples import memorising, sample_sheet
+from smalti.recipes.folder_source import latent_sources, split_pictures
 from smalti.training.config import TrainConfig
-from smalti.training.latent_source import LatentSource, embed_captions
-from smalti.training.messages import say
+from smalti.training.messages import is_main, say
+from smalti.training.processes import join_processes
+from smalti.training.progress import read_log
+from smalti.training.run_folder import MARKER, open_run
+from smalti.training.run_state import plain
 from smalti.training.trainer import Trainer
-from smalti.zoo.loader import model_folder, save_model, settings_hash, weights_hash
+from smalti.zoo.loader import save_model, settings_hash, weights_hash
 
-MEASURED = 64
-GRID = 16
+SAMPLES = 16
 FEW = 1000
+TEXT_LENGTHS = range(4, 513)
 
 
 @dataclass(frozen=True)
@@ -46,16 +44,19 @@ class FolderRecipe:
     """Everything that decides the model.
 
     Args:
+        training: the transformer's training.
+        transformer: arguments of `MMDiT` (captions) or `DiT` (labels, nothing); the rest follows from the pictures.
         data: the folder.
         size: side of the square pictures, 64 to 512; others go to buckets of about this area.
-        tokenizer: folder of any diffusers autoencoder; none = the one that ships.
-        enough: PSNR in dB from which the shipped autoencoder is used as it is.
-        autoencoder_training: its fine-tuning where it falls short.
-        transformer: arguments of `MMDiT` (captions) or `DiT` (labels, nothing); the two share these names.
-        training: the transformer's training.
-        text_length: tokens of a prompt.
+        tokenizer: folder of any autoencoder, taken as it is; none = the one that ships.
+        enough: PSNR in dB from which the autoencoder that ships is not trained further.
+        autoencoder_training: its training where it falls short.
+        text_length: tokens of a prompt, 4 to 512.
         objective: path, times and weights of the loss.
-        guidance: default guidance scale of the pipeline.
+        guidance: default guidance scale of the pipeline, from 0.
+
+    Raises:
+        UserError: a value is out of range.
     """
 
     training: TrainConfig
@@ -66,27 +67,33 @@ class FolderRecipe:
     enough: float = 28.0
     autoencoder_training: TrainConfig = field(
         default_factory=lambda: TrainConfig(
-            steps=600, batch=8, learning_rate=5e-4, warmup=20, decay="linear-cooldown", ema=0.98
+            steps=600, batch=8, learning_rate=5e-4, warmup=20, decay="linear-cooldown", ema=0.98, save_every=100
         )
     )
     text_length: int = 32
     objective: FlowMatching = field(default_factory=FlowMatching)
     guidance: float = 2.0
 
+    def __post_init__(self):
+        if self.text_length not in TEXT_LENGTHS:
+            raise UserError(f"text_length is {self.text_length}; it must be from 4 to 512 tokens")
+        if not 0 <= self.guidance < math.inf:
+            raise UserError(f"guidance is {self.guidance}; it must be a number from 0 (1 = off)")
+
 
 PRESETS = {
     "cpu": FolderRecipe(
         transformer={"heads": 6, "head_dim": 32},
         training=TrainConfig(
-            steps=1200, batch=32, learning_rate=1.5e-3, warmup=50, decay="linear-cooldown",
-            ema=0.99, save_every=200, sample_every=300,
+            steps=1200, batch=32, learning_rate=1.5e-3, warmup=20, decay="linear-cooldown",
+            ema=0.99, save_every=100, sample_every=300, eval_every=100,
         ),
     ),
     "gpu": FolderRecipe(
         transformer={"heads": 8, "head_dim": 32},
         training=TrainConfig(
             steps=20000, batch=256, learning_rate=1.5e-3, optimizer="muon", warmup=500, decay="linear-cooldown",
-            ema=0.999, precision="bf16", compile=True, save_every=1000, sample_every=1000,
+            ema=0.999, precision="bf16", compile=True, save_every=1000, sample_every=1000, eval_every=500,
         ),
     ),
 }  # fmt: skip
@@ -96,163 +103,95 @@ def train(recipe: FolderRecipe, out: Path, resume: bool = False) -> Path:
     """Trains on the folder and writes the pipeline to `out / "model"`, whose path it returns.
 
     Raises:
-        UserError: a folder that cannot be used, a place that cannot be written, a checkpoint of another training.
+        UserError: a folder that cannot be used, a place that cannot be written or holds something else.
     """
-    check_writable(out)
-    if (out / "model").exists() and not resume:
-        raise UserError(f"{out} already holds a model; go on with --resume, or choose another --out")
-    base, factor = _base_autoencoder(recipe)
-    pictures = load_folder(recipe.data, recipe.size, factor, progress=True)
-    for one in pictures.skipped:
-        say(f"skipped {one.file}: {one.reason}")
-    if len(pictures) < FEW:
-        say(f"{len(pictures)} pictures are few: the model will draw these again rather than new ones of their kind")
-    autoencoder = fitted_autoencoder(recipe, base, pictures, out, resume)
-    source = latent_source(recipe, autoencoder, pictures, out / "cache")
-    pipe = build_pipeline(recipe, autoencoder, pictures)
+    processes = join_processes()
+    with processes.main_process_first():  # if something is amiss, the first one says so and the others end with it
+        check_places(recipe.data, out)
+        base = base_autoencoder(recipe.tokenizer).to(processes.device)
+        multiple = base.factor * patch_size(recipe.transformer, recipe.size, base)
+        pictures = load_folder(recipe.data, recipe.size, multiple, progress=is_main())
+        torch.manual_seed(recipe.training.seed)
+        transformer = build_transformer(recipe.transformer, recipe.size, base, pictures)
+        facts = facts_of(base, pictures)
+        if is_main():
+            open_run(out, facts | {"settings": identity(recipe)}, resume)
+            report_pictures(pictures)
+    split = split_pictures(pictures)
+    autoencoder = fitted_autoencoder(
+        base, pictures, split.train_groups, out,
+        enough=recipe.enough if recipe.tokenizer is None else None, config=recipe.autoencoder_training, resume=resume,
+    )  # fmt: skip
+    with processes.main_process_first():  # the others find the caches
+        source, held_out = latent_sources(autoencoder, pictures, split, recipe.text_length, out / "cache")
+    pipe = build_pipeline(
+        transformer, autoencoder, pictures, size=recipe.size, text_length=recipe.text_length, guidance=recipe.guidance
+    )
+    shown = [split.train[index] for index in spread(len(split.train), SAMPLES)]
 
-    def draw(ema_model: torch.nn.Module, step: int, folder: Path) -> None:
+    def draw(ema_model: nn.Module, step: int, folder: Path) -> None:
         pipe.register_modules(transformer=ema_model)
-        sheet(draw_like(pipe, pictures, spread(len(pictures), GRID)), columns=8).save(folder / f"step-{step:06d}.png")
+        with atomic_file(folder / f"step-{step:06d}.png") as file:
+            sample_sheet(pipe, pictures, shown).save(file, format="PNG")
 
-    settings = asdict(recipe)
-    training = replace(recipe.training, batch=min(recipe.training.batch, max(2, len(pictures) // 2 * 2)))
+    facts["autoencoder"] = weights_hash(autoencoder)
     trainer = Trainer(
-        pipe.transformer, recipe.objective, source, training, out / "transformer", on_sample=draw,
-        description={"recipe": "folder", "data_hash": pictures.hash},
+        transformer, recipe.objective, source, recipe.training, out / "transformer",
+        held_out=held_out, on_sample=draw, description=facts,
     )  # fmt: skip
     report = trainer.fit(resume=resume)
-    pipe.register_modules(transformer=trainer.ema_model.eval())
-    metrics = memorising(pipe, pictures)
-    card = {
-        "recipe": "folder",
-        "settings": settings,
-        "settings_hash": settings_hash(settings),
-        "data_hash": pictures.hash,
-    }
-    card |= {"images_seen": report.steps * training.batch, "loss": report.loss, "metrics": metrics}
-    return save_model(pipe, out / "model", card)
+    if is_main():
+        pipe.register_modules(transformer=trainer.ema_model.eval())
+        found = memorising(pipe, pictures, split.train)
+        say(found.sentence)
+        settings = plain(recipe)
+        card = facts | {"settings": settings, "settings_hash": settings_hash(settings)}
+        card |= {"images_seen": report.steps * recipe.training.batch, **last_losses(report.curve)}
+        save_model(pipe, out / "model", card | {"metrics": found.figures})
+    processes.wait_for_everyone()
+    return out / "model"
 
 
-def _base_autoencoder(recipe: FolderRecipe) -> tuple[ConvAutoencoder | DiffusersAutoencoder, int]:
-    if recipe.tokenizer is None:
-        base = ConvAutoencoder.from_pretrained(model_folder("emoji") / "autoencoder", torch_dtype=torch.float32)
-    else:
-        base = DiffusersAutoencoder.from_folder(recipe.tokenizer)
-    return base.eval(), base.factor
+def check_places(data: str, out: Path) -> None:
+    """Raises `UserError` if nothing can be written, or if that would lie among the pictures."""
+    if not data:
+        raise UserError("no folder of pictures was given; set data, or use --data FOLDER")
+    if out.resolve().is_relative_to(Path(data).resolve()):
+        raise UserError(f"{out} lies in the folder of the pictures, {data}; choose an --out beside it")
+    check_creatable(out / MARKER)
 
 
-def fitted_autoencoder(
-    recipe: FolderRecipe,
-    base: ConvAutoencoder | DiffusersAutoencoder,
-    pictures: FolderSet,
-    out: Path,
-    resume: bool,
-) -> ConvAutoencoder | DiffusersAutoencoder:
-    """The autoencoder for these pictures, with statistics of its own: as given, or fine-tuned where it falls short."""
-    folder = out / "autoencoder"
-    if resume and (folder / "config.json").is_file():
-        return type(base).from_pretrained(folder, torch_dtype=torch.float32).eval()
-    some = spread(len(pictures), MEASURED)
-    quality = reconstruction_psnr(base, pictures, some)
-    if isinstance(base, ConvAutoencoder) and quality < recipe.enough:
-        say(f"the autoencoder reaches {quality:.1f} dB on these pictures (enough: {recipe.enough:g}); fine-tuning it")
-        groups = shape_groups(pictures)
-        fit_autoencoder(
-            base, pictures, recipe.autoencoder_training, out / "autoencoder-training",
-            from_patches=False, resume=resume, groups=groups,
-        )  # fmt: skip
-        quality = reconstruction_psnr(base, pictures, some)
-    else:
-        base.measure_statistics(pictures.pixels([index]) for index in some)
-    say(f"the autoencoder reaches {quality:.1f} dB on these pictures")
-    base.save_pretrained(folder)
-    return base
-
-
-def shape_groups(pictures: FolderSet) -> list[Tensor]:
-    """Indices of the pictures of each bucket."""
-    shapes = sorted(set(pictures.shapes))
-    return [torch.tensor([i for i, other in enumerate(pictures.shapes) if other == shape]) for shape in shapes]
-
-
-def latent_source(
-    recipe: FolderRecipe, autoencoder: ConvAutoencoder | DiffusersAutoencoder, pictures: FolderSet, cache: Path
-) -> LatentSource:
-    """Latents of all pictures with their captions or labels."""
-
-    def encode(indices: Tensor) -> Tensor:
-        return autoencoder.encode(pictures.pixels(indices)).tensor
-
-    key = cache_key(pictures.hash, weights_hash(autoencoder))
-    latents: LatentCache = build_cache(
-        cache, key, len(pictures), encode, groups=pictures.shapes, batch=16, progress=True
-    )
-    captions = None
-    if pictures.captions is not None:
-        encoder = EmbeddingCache(MiniLMEncoder(length=recipe.text_length), cache / "text")
-        captions = embed_captions([[caption] for caption in pictures.captions], encoder)
-    labels = None if pictures.labels is None else torch.tensor(pictures.labels)
-    return LatentSource([latents], captions, labels, len(pictures.label_names), shape_groups(pictures))
-
-
-def build_pipeline(
-    recipe: FolderRecipe, autoencoder: ConvAutoencoder | DiffusersAutoencoder, pictures: FolderSet
-) -> TextToImagePipeline:
-    """The untrained pipeline for what the pictures are conditioned on."""
-    torch.manual_seed(recipe.training.seed)
-    has_text = pictures.captions is not None
-    if has_text:
-        width = MiniLMEncoder(length=recipe.text_length).width
-        transformer = MMDiT(
-            in_channels=autoencoder.latent_channels, text_dim=width, pooled_dim=width, **recipe.transformer
-        )
-    else:
-        transformer = DiT(
-            in_channels=autoencoder.latent_channels, num_labels=len(pictures.label_names), **recipe.transformer
-        )
-    return TextToImagePipeline(
-        transformer=transformer,
-        autoencoder=autoencoder,
-        scheduler=make_scheduler("euler"),
-        text_encoder="minilm" if has_text else None,
-        text_length=recipe.text_length,
-        styles=list(pictures.label_names),
-        size=recipe.size,
-        default_guidance=recipe.guidance if has_text or pictures.label_names else 1.0,
-    )
-
-
-def draw_like(pipe: TextToImagePipeline, pictures: FolderSet, indices: Sequence[int]) -> list:
-    """Pictures drawn from the captions or labels of these training pictures, always from the same seeds."""
-    pipe.set_progress_bar_config(disable=True)
-    prompts = [pictures.captions[index] for index in indices] if pictures.captions else [""] * len(indices)
-    styles = [pictures.label_names[pictures.labels[index]] for index in indices] if pictures.labels else None
-    images = pipe(prompts, style=styles, generator=generators_for(list(range(len(indices))))).images
-    pipe.set_progress_bar_config(disable=None)
-    return images
-
-
-def memorising(pipe: TextToImagePipeline, pictures: FolderSet) -> dict[str, Any]:
-    """How near the model's pictures lie to their training pictures; says so if nearer than these to each other."""
-    try:
-        extract = EfficientNetLite0()
-        indices = spread(len(pictures), 2 * GRID)
-        drawn = extract(from_images(draw_like(pipe, pictures, indices)))
-    except UserError as error:
-        say(f"not checked for memorising: {error}")
-        return {}
-    train_features = extract.of_batches(pictures.pixels([index]) for index in spread(len(pictures), FEW))
-    if len(train_features) < 2:
-        return {}
-    report = copy_report(drawn, train_features)
-    if report.is_memorised:
-        say(
-            f"the model memorises: its pictures lie {report.median_to_train:.2f} from the nearest training picture "
-            f"(median), training pictures {report.median_between_train:.2f} from each other; more pictures would help"
-        )
+def facts_of(base: Autoencoder, pictures: FolderSet) -> dict[str, Any]:
+    """What names the data and the starting point of a training."""
+    conditions = json.dumps([pictures.captions, pictures.labels, pictures.label_names])
     return {
-        "to nearest training picture": round(report.median_to_train, 3),
-        "between training pictures": round(report.median_between_train, 3),
-        "copied": round(report.share, 4),
+        "recipe": "folder",
+        "data_hash": pictures.hash,
+        "conditions_hash": hashlib.sha256(conditions.encode("utf-8", "surrogateescape")).hexdigest()[:16],
+        "base_autoencoder": weights_hash(base),
     }
+
+
+def identity(recipe: FolderRecipe) -> dict[str, Any]:
+    """The settings with which another training would have other weights; where its files lie does not count."""
+    settings = {key: value for key, value in plain(recipe).items() if key not in ("data", "tokenizer", "guidance")}
+    return settings | {
+        "training": recipe.training.identity(),
+        "autoencoder_training": recipe.autoencoder_training.identity(),
+    }
+
+
+def report_pictures(pictures: FolderSet) -> None:
+    """Says what was found, left out, and is to be expected of it."""
+    for one in pictures.skipped:
+        say(f"skipped {one.file}: {one.reason}")
+    kind = "captions" if pictures.captions else f"{len(pictures.label_names)} labels" if pictures.labels else "nothing"
+    say(f"{len(pictures)} pictures in {len(set(pictures.shapes))} shapes, conditioned on {kind}")
+    if len(pictures) < FEW:
+        say("so few pictures are learned by heart: expect these again rather than new ones of their kind")
+
+
+def last_losses(log: Path) -> dict[str, float]:
+    """The last loss in a log, and the last held-out one if there is any."""
+    last = {key: value for line in read_log(log) for key, value in line.items()}
+    return {key: last[key] for key in ("loss", "held_out_loss") if key in last}

@@ -12,7 +12,6 @@ from accelerate.utils import DistributedDataParallelKwargs, is_tensorboard_avail
 from smalti.core.errors import UserError
 from smalti.training.config import TrainConfig
 
-
 PATIENCE = timedelta(hours=24)
 """How long a process waits for another one that reads, encodes or draws."""
 

@@ -139,6 +139,8 @@ class Trainer:
                     self._save_if_due(outcome)
                     if outcome.signal is not None:
                         self._leave(outcome.signal)
+                if stop.signal is not None:  # came too late for the last step
+                    self._leave(stop.signal)
         finally:
             journal.close()
         self.accelerator.wait_for_everyone()

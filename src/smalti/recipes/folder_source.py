@@ -1,0 +1,78 @@
+"""Training samples of the folder recipe: which pictures are held out, their latents, captions and labels."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from smalti.data.folder import FolderSet
+from smalti.data.latent_cache import build_cache, cache_key
+from smalti.evaluation.emoji_metrics import spread
+from smalti.recipes.folder_autoencoder import Autoencoder
+from smalti.tokenizers.text_encoder import EmbeddingCache, MiniLMEncoder
+from smalti.training.latent_source import LatentSource, embed_captions
+from smalti.training.messages import is_main
+from smalti.zoo.loader import weights_hash
+
+HELD_OUT_FROM = 200
+HELD_OUT_SHARE = 0.05
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which pictures are trained on and which are not.
+
+    Args:
+        train: indices of the training pictures.
+        train_groups, held_out_groups: indices (n,) of the pictures of each shape; none is empty.
+    """
+
+    train: list[int]
+    train_groups: list[Tensor]
+    held_out_groups: list[Tensor]
+
+
+class Sources(NamedTuple):
+    """Samples for training, and those that are held out, if any."""
+
+    train: LatentSource
+    held_out: LatentSource | None
+
+
+def split_pictures(pictures: FolderSet) -> Split:
+    """Holds out one in twenty, evenly over the sorted files, from 200 pictures on."""
+    every = range(len(pictures))
+    count = round(HELD_OUT_SHARE * len(pictures)) if len(pictures) >= HELD_OUT_FROM else 0
+    held_out = set(spread(len(pictures), count)) if count else set()
+    train = [index for index in every if index not in held_out]
+    return Split(train, _groups(pictures, train), _groups(pictures, sorted(held_out)))
+
+
+def _groups(pictures: FolderSet, indices: list[int]) -> list[Tensor]:
+    members: dict[tuple[int, int], list[int]] = {}
+    for index in indices:
+        members.setdefault(pictures.shapes[index], []).append(index)
+    return [torch.tensor(members[shape]) for shape in sorted(members)]
+
+
+def latent_sources(
+    autoencoder: Autoencoder, pictures: FolderSet, split: Split, text_length: int, cache: Path
+) -> Sources:
+    """Latents of all pictures with their captions or labels; both are kept in the folder `cache`."""
+
+    def encode(indices: Tensor) -> Tensor:
+        return autoencoder.encode(pictures.pixels(indices).to(autoencoder.device)).tensor
+
+    key = cache_key(pictures.hash, weights_hash(autoencoder))
+    latents = build_cache(cache, key, len(pictures), encode, groups=pictures.shapes, batch=BATCH, progress=is_main())
+    captions = None
+    if pictures.captions is not None:
+        encoder = EmbeddingCache(MiniLMEncoder(length=text_length), cache / "text")
+        captions = embed_captions([[caption] for caption in pictures.captions], encoder)
+    labels = None if pictures.labels is None else torch.tensor(pictures.labels)
+    common = ([latents], captions, labels, len(pictures.label_names))
+    held_out = LatentSource(*common, split.held_out_groups) if split.held_out_groups else None
+    return Sources(LatentSource(*common, split.train_groups), held_out)
