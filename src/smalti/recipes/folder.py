@@ -108,7 +108,7 @@ def train(recipe: FolderRecipe, out: Path, resume: bool = False) -> Path:
     processes = join_processes()
     with processes.main_process_first():  # if something is amiss, the first one says so and the others end with it
         check_places(recipe.data, out)
-        base = base_autoencoder(recipe.tokenizer).to(processes.device)
+        base = base_autoencoder(recipe.tokenizer).to(processes.device)  # type: ignore[arg-type]  # diffusers wraps `to`
         multiple = base.factor * patch_size(recipe.transformer, recipe.size, base)
         pictures = load_folder(recipe.data, recipe.size, multiple, progress=is_main())
         torch.manual_seed(recipe.training.seed)

@@ -1,4 +1,4 @@
-"""The autoencoder of the folder recipe: the one that ships, fitted to the pictures where it falls short, or one's own."""
+"""The autoencoder of the folder recipe: the one that ships, trained where it falls short, or one's own."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,4 +86,4 @@ def fitted_autoencoder(
             base.measure_statistics(pictures.pixels([index]) for index in some)
         save_part(base, folder)
     processes.wait_for_everyone()
-    return load_part(folder, type(base)).to(base.device)
+    return load_part(folder, type(base)).to(base.device)  # type: ignore[arg-type]  # diffusers wraps `to`

@@ -5,8 +5,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from smalti.backbones.dit import DiT
 from smalti.backbones.mmdit import MMDiT
 from smalti.core.errors import UserError, unknown_name
@@ -52,7 +50,7 @@ def build_transformer(
         if name not in known:
             raise unknown_name(f"setting of the transformer ({kind.__name__})", name, known)
     try:
-        return kind(**derived | settings)
+        return kind(**{**derived, **settings})
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise UserError(f"the settings {dict(settings)} make no {kind.__name__}: {error}") from error
 

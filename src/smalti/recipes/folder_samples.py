@@ -1,5 +1,6 @@
 """What a model of the folder recipe draws, and how near that lies to its training pictures."""
 
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -27,11 +28,12 @@ def draw_like(pipe: TextToImagePipeline, pictures: FolderSet, indices: Sequence[
     pipe.set_progress_bar_config(disable=True)
     for start in range(0, len(indices), BATCH):
         part = indices[start : start + BATCH]
-        drawn = pipe(
-            [pictures.captions[index] for index in part] if pictures.captions else [""] * len(part),
-            style=[pictures.label_names[pictures.labels[index]] for index in part] if pictures.labels else None,
-            generator=generators_for([start + offset for offset in range(len(part))]),
-        )
+        with warnings.catch_warnings(action="ignore"):  # captions that are cut have been reported
+            drawn = pipe(
+                [pictures.captions[index] for index in part] if pictures.captions else [""] * len(part),
+                style=[pictures.label_names[pictures.labels[index]] for index in part] if pictures.labels else None,
+                generator=generators_for([start + offset for offset in range(len(part))]),
+            )
         assert isinstance(drawn, ImagePipelineOutput)
         images += drawn.images
     pipe.set_progress_bar_config(disable=None)

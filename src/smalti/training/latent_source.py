@@ -120,4 +120,4 @@ def _report(caught: Sequence[warnings.WarningMessage], captions: int) -> None:
         if one not in cut:
             warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
     if cut:
-        say(f"{len(cut)} of {captions} captions are longer than text_length; their last words were cut")
+        say(f"the last words of {len(cut)} of {captions} captions were cut: these are longer than text_length")
