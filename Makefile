@@ -1,6 +1,7 @@
 # make demo   draws pictures with the model that ships
 # make test   runs all fast tests
 # make lint   formatting, rules and types
+# make docs   writes the README's figures from results/
 # make slow   the tests that take minutes
 PYTHON ?= python3
 BIN := .venv/bin
@@ -8,7 +9,7 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints
 DEMO_PROMPTS := "a green apple" "red heart" "cat face" "grinning face" "three o'clock" "slice of pizza" "sun behind cloud" "crying face" "a blue heart" "fox" "banana" "penguin"
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test slow lint clean
+.PHONY: demo test slow lint docs clean
 demo: .venv/core
 	$(BIN)/smalti generate $(DEMO_PROMPTS) --out out/demo.png
 
@@ -22,6 +23,9 @@ lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+docs: .venv/dev
+	$(BIN)/python docs/update_readme.py
 
 .venv/core: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "smalti needs Python 3.11 or newer, this is " + sys.version'

@@ -1,5 +1,6 @@
 """What the README shows works: its Python runs, its commands exist, its folders are there."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -24,10 +25,12 @@ def test_python_runs(code: str, tmp_path):
 
 def test_commands_and_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"make (\w+)", README):
+    for target in re.findall(r"^make (\w+)", "\n".join(blocks("bash")), re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     usage = subprocess.run([sys.executable, "-m", "smalti.cli", "--help"], capture_output=True, text=True, check=True)
-    for command in re.findall(r"smalti ([a-z]+)[ \[`\n]", "\n".join(blocks("bash")) + README.split("## The commands")[1]):
+    for command in re.findall(
+        r"smalti ([a-z]+)[ \[`\n]", "\n".join(blocks("bash")) + README.split("## The commands")[1]
+    ):
         if command not in ("is", "train"):
             assert command in usage.stdout, command
 
@@ -47,3 +50,12 @@ def test_folders_are_as_drawn():
 def test_pictures_are_there():
     for path in re.findall(r"!\[.*?\]\((.*?)\)", README):
         assert (ROOT / path).is_file(), path
+
+
+def test_figures_are_current():
+    spec = importlib.util.spec_from_file_location("update_readme", ROOT / "docs" / "update_readme.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.updated(README) == README, "run make docs"

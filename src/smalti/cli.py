@@ -90,7 +90,7 @@ def generate(
     count: Annotated[int, typer.Option(help="Pictures a prompt.")] = 1,
     style: Annotated[str | None, typer.Option(help="Drawing style (or label) of the model; 'all' draws each.")] = None,
     size: Annotated[str | None, typer.Option(help="Pixels: one number or HEIGHTxWIDTH.")] = None,
-    solver: Annotated[str, typer.Option(help="euler, heun, dpm++ or sde.")] = "euler",
+    solver: Annotated[str, typer.Option(help="euler, heun, dpm++, unipc or sde.")] = "euler",
     as_json: Json = False,
 ) -> None:
     """Draw pictures from prompts."""

@@ -1,7 +1,15 @@
 import pytest
 
 from smalti.core.errors import UserError
-from smalti.core.files import atomic_file, atomic_folder, check_creatable, check_writable, file_hash, read_json, write_json
+from smalti.core.files import (
+    atomic_file,
+    atomic_folder,
+    check_creatable,
+    check_writable,
+    file_hash,
+    read_json,
+    write_json,
+)
 
 
 def test_a_file_is_whole_or_absent(tmp_path):

@@ -23,7 +23,10 @@ class Outer:
 
 
 def test_values_take_the_type_of_what_they_replace():
-    changed = override(Outer(), ["inner.steps=20", "inner.rate=1", "name=b", "sizes=[3]", "limit=2.5", "model.depth=4", "inner.compile=true"])
+    changed = override(
+        Outer(),
+        ["inner.steps=20", "inner.rate=1", "name=b", "sizes=[3]", "limit=2.5", "model.depth=4", "inner.compile=true"],
+    )
     assert changed == Outer(Inner(20, 1.0, True), "b", (3,), 2.5, {"depth": 4})
     assert isinstance(changed.inner.rate, float)
     assert isinstance(override(Inner(), ["steps=3.0"]).steps, int)

@@ -11,7 +11,9 @@ from smalti.zoo.loader import load_model
 TINY = EmojiRecipe(
     topics=("smileys", "food", "animals"),
     styles=("noto",),
-    autoencoder={"factor": 8, "latent_channels": 4, "widths": (8, 8, 8), "encoder_blocks": (0, 0, 0), "decoder_blocks": (0, 0, 1)},
+    autoencoder={
+        "factor": 8, "latent_channels": 4, "widths": (8, 8, 8), "encoder_blocks": (0, 0, 0), "decoder_blocks": (0, 0, 1),
+    },
     autoencoder_training=TrainConfig(steps=2, batch=4),
     transformer={"num_double": 1, "num_single": 1, "heads": 2, "head_dim": 8, "axes_dims_rope": (2, 2, 4)},
     training=TrainConfig(steps=4, batch=4, sample_every=4, eval_every=4, eval_samples=8),

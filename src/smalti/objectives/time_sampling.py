@@ -11,7 +11,7 @@ I.1 (there one random offset a batch, here one jitter a sample, which needs no c
 
 import math
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from torch import Tensor
 from smalti.core.errors import UserError
 from smalti.core.protocols import Generators
 from smalti.core.seeds import rand
+
+Time = TypeVar("Time", float, Tensor)
 
 MARGIN = 1e-6
 """Times stay this far from 0 and 1, where scores and estimates of x0 are singular."""
@@ -82,9 +84,9 @@ class Shifted:
         return shift_time(self.base.quantile(u), self.shift)
 
 
-def shift_time(t: Tensor, shift: float) -> Tensor:
+def shift_time(t: Time, shift: float) -> Time:
     """`shift * t / (1 + (shift - 1) * t)` for t of any shape in [0, 1]; its inverse is the shift `1 / shift`."""
-    return t if shift == 1 else shift * t / (1 + (shift - 1) * t)
+    return t if shift == 1 else t / (t + (1 - t) / shift)  # this form is exact at both ends
 
 
 def check_shift(shift: float) -> float:

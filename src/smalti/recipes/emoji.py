@@ -150,7 +150,10 @@ def train(recipe: EmojiRecipe, out: Path, resume: bool = False) -> Path:
         settings = asdict(recipe)
         card |= {"settings": settings, "settings_hash": settings_hash(settings)}
         card |= {"images_seen": report.steps * recipe.training.batch, "held_out_loss": report.held_out_loss}
-        card |= {"metrics": emoji_metrics(pipe, recipe.topics, recipe.measured), "autoencoder_psnr": held_out_psnr(autoencoder, recipe)}
+        card |= {
+            "metrics": emoji_metrics(pipe, recipe.topics, recipe.measured),
+            "autoencoder_psnr": held_out_psnr(autoencoder, recipe),
+        }
         save_model(pipe, out / "model", card, torch.bfloat16)
     processes.wait_for_everyone()
     return out / "model"

@@ -10,11 +10,7 @@ Source: Stable Diffusion 3 (arXiv 2403.03206), section 5.3.2 and equation 23.
 import math
 
 from smalti.core.errors import UserError
-
-
-def shift_time(t: float, shift: float) -> float:
-    """Time t in [0, 1] shifted by `shift` > 0; 0, 1 and a shift of 1 change nothing."""
-    return t / (t + (1 - t) / shift)  # this form is exact at both ends
+from smalti.objectives.time_sampling import shift_time
 
 
 def shift_for_tokens(tokens: int, base_tokens: int, base_shift: float = 1.0) -> float:

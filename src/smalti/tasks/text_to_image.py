@@ -40,7 +40,7 @@ class Request:
         count: pictures a prompt, from 1.
         style: drawing style or label; "all" draws each; the model's first if None.
         size: pixels, "64" or "64x96" (height x width); the model's own if None.
-        solver: euler, heun, dpm++ or sde.
+        solver: euler, heun, dpm++, unipc or sde.
 
     Raises:
         UserError: a value is out of range.

@@ -115,6 +115,8 @@ def _named_class(entry: Any, base: type, what: str) -> Any:
 
 def _scheduler(folder: Path, kind: Any) -> Any:
     config = read_json(folder / "scheduler_config.json")
+    if not isinstance(config, dict) or config.get("_class_name") != kind.__name__:
+        raise UserError(f"{folder / 'scheduler_config.json'} is not the config of a {kind.__name__}")
     try:
         return kind.from_config(config)
     except BUILD_ERRORS as error:
@@ -135,7 +137,8 @@ def load_part(folder: Path, kind: type[Model], dtype: torch.dtype = torch.float3
     except BUILD_ERRORS as error:
         raise UserError(f"{folder / 'config.json'} does not describe a {kind.__name__}: {error}") from error
     model.load_state_dict(_read_weights(folder, model.state_dict()))
-    return model.to(dtype).eval()
+    torch.nn.Module.to(model, dtype)  # diffusers' own `to` warns of modules to be kept in float32
+    return model.eval()
 
 
 def _read_weights(folder: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
