@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from PIL import Image
 from torch import Tensor
 
@@ -30,6 +29,7 @@ from smalti.tokenizers.text_encoder import EmbeddingCache, MiniLMEncoder
 from smalti.training.autoencoder import fit_autoencoder, reconstruction_psnr, shift_picture
 from smalti.training.config import TrainConfig
 from smalti.training.latent_source import LatentSource, embed_captions
+from smalti.training.processes import join_processes
 from smalti.training.trainer import Trainer
 from smalti.zoo.loader import save_model, settings_hash, weights_hash
 
@@ -116,7 +116,7 @@ def train(recipe: EmojiRecipe, out: Path, resume: bool = False) -> Path:
         The folder of the model.
     """
     check_writable(out)
-    processes = PartialState()
+    processes = join_processes()
     autoencoder = train_autoencoder(recipe, out, resume)
     pictures = load_emoji("train", styles=recipe.styles, topics=recipe.topics, variant=recipe.variant)
     held_out = load_emoji("held-out", styles=recipe.styles, topics=recipe.topics, variant=recipe.variant)
@@ -167,8 +167,8 @@ def train_autoencoder(recipe: EmojiRecipe, out: Path, resume: bool = False) -> C
         model = ConvAutoencoder(**recipe.autoencoder)
         pictures = load_emoji("train", styles=recipe.styles)
         fit_autoencoder(model, pictures, recipe.autoencoder_training, out / "autoencoder-training", resume=resume)
-        with PartialState().main_process_first():
-            if PartialState().is_main_process:
+        with join_processes().main_process_first():
+            if join_processes().is_main_process:
                 with atomic_folder(folder) as temporary:
                     model.save_pretrained(temporary)
     return ConvAutoencoder.from_pretrained(folder, torch_dtype=torch.float32).eval()
