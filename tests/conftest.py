@@ -111,7 +111,7 @@ def start_cli():
 
     def start(arguments, log, environment=None, largest_file=None):
         given = [str(one) for one in arguments]
-        process = context.Process(target=run, args=(given, str(log), environment or {}, largest_file))
+        process = context.Process(target=run, args=(given, str(log), environment or {}, largest_file), daemon=True)
         process.start()
         return process
 

@@ -1,6 +1,5 @@
 import json
 import os
-import re
 import shutil
 import signal
 import sys
@@ -197,14 +196,14 @@ def test_interrupted(start_cli, tiny_models, tmp_path):
     arguments = ["generate", "a cat", "--model", tiny_models["text"], "--steps", 10**6, "--out", tmp_path / "a.png"]
     process = start_cli(arguments, tmp_path / "log")
     deadline = time.monotonic() + 60
-    while not (tmp_path / "log.err").exists() or "it/s" not in (tmp_path / "log.err").read_text():
-        assert time.monotonic() < deadline, (tmp_path / "log.err").read_text()
+    while not (tmp_path / "log.err").exists():
+        assert time.monotonic() < deadline
         time.sleep(0.05)
+    process.join(1.5)
     os.kill(process.pid, signal.SIGINT)
     process.join(60)
     assert process.exitcode == 130
-    errors = re.split(r"[\r\n]+", (tmp_path / "log.err").read_text())
-    assert all("it/s" in line or "s/it" in line or not line.strip() for line in errors), errors
+    assert not (tmp_path / "log.err").read_text().strip()
     assert not (tmp_path / "log.out").read_text()
     assert sorted(file.name for file in tmp_path.iterdir()) == ["log.err", "log.out"]
 

@@ -35,7 +35,12 @@ Settings = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help=
 
 
 FOLDER_RECIPE = "folder"
-QUIET = {"HF_HUB_OFFLINE": "1", "DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
+QUIET = {
+    "HF_HUB_OFFLINE": "1",
+    "DIFFUSERS_VERBOSITY": "error",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+}
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -139,16 +144,15 @@ def train(
 
 
 def _recipe(name: str) -> Any:
-    """The module of a recipe; only modules with presets are recipes, the others of the stage belong to them."""
-    from smalti.core.discovery import load_member, members
+    """The module of a recipe: a member of its stage that defines presets, seen without importing all of them."""
+    from smalti.core.discovery import ROOT, load_member, members
     from smalti.core.errors import unknown_name
 
-    if name != FOLDER_RECIPE and name.replace("-", "_") in members("recipes"):
-        module = load_member("recipes", name)
-        if hasattr(module, "PRESETS"):
-            return module
-    known = [one for one in members("recipes") if hasattr(load_member("recipes", one), "PRESETS")]
-    raise unknown_name("recipe", name, [one.replace("_", "-") for one in known if one != FOLDER_RECIPE])
+    sources = {one: (ROOT / "recipes" / f"{one}.py").read_text(encoding="utf-8") for one in members("recipes")}
+    known = [one.replace("_", "-") for one, text in sources.items() if "\nPRESETS" in text and one != FOLDER_RECIPE]
+    if name.replace("_", "-") not in known:
+        raise unknown_name("recipe", name, known)
+    return load_member("recipes", name)
 
 
 def _how_to_draw(folder: Path) -> str:

@@ -12,7 +12,8 @@ TINY = EmojiRecipe(
     topics=("smileys", "food", "animals"),
     styles=("noto",),
     autoencoder={
-        "factor": 8, "latent_channels": 4, "widths": (8, 8, 8), "encoder_blocks": (0, 0, 0), "decoder_blocks": (0, 0, 1),
+        "factor": 8, "latent_channels": 4, "widths": (8, 8, 8),
+        "encoder_blocks": (0, 0, 0), "decoder_blocks": (0, 0, 1),
     },
     autoencoder_training=TrainConfig(steps=2, batch=4),
     transformer={"num_double": 1, "num_single": 1, "heads": 2, "head_dim": 8, "axes_dims_rope": (2, 2, 4)},

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
+from safetensors.torch import load_file, save_file
 
 from smalti.core.errors import UserError
 from smalti.tokenizers.diffusers_autoencoder import DiffusersAutoencoder
@@ -49,4 +50,29 @@ def test_what_is_no_autoencoder(tmp_path):
         DiffusersAutoencoder.from_folder(tmp_path)
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
     with pytest.raises(UserError, match="cannot read the autoencoder"):
+        DiffusersAutoencoder.from_folder(tmp_path)
+
+
+def test_weights_that_are_torn_pickled_or_do_not_fit(tmp_path):
+    TINY["kl"]().save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    whole, weights = file.read_bytes(), load_file(file)
+    save_file({key: value for key, value in weights.items() if key != "decoder.conv_in.bias"}, file)
+    with pytest.raises(UserError, match="do not fit its config: 1 missing"):
+        DiffusersAutoencoder.from_folder(tmp_path)
+    save_file({**weights, "more": torch.zeros(1)}, file)
+    with pytest.raises(UserError, match="do not fit its config: 1 unexpected"):
+        DiffusersAutoencoder.from_folder(tmp_path)
+    file.write_bytes(whole[:-10])
+    with pytest.raises(UserError, match="cannot read the autoencoder"):
+        DiffusersAutoencoder.from_folder(tmp_path)
+    file.unlink()
+    torch.save(weights, tmp_path / "diffusion_pytorch_model.bin")
+    with pytest.raises(UserError, match="cannot read the autoencoder"):
+        DiffusersAutoencoder.from_folder(tmp_path)
+
+
+def test_other_autoencoders_are_refused(tmp_path):
+    AutoencoderKL(in_channels=1, block_out_channels=(8,), norm_num_groups=4).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="does not encode pictures of 3 channels"):
         DiffusersAutoencoder.from_folder(tmp_path)

@@ -120,8 +120,8 @@ def train(recipe: EmojiRecipe, out: Path, resume: bool = False) -> Path:
     autoencoder = train_autoencoder(recipe, out, resume)
     pictures = load_emoji("train", styles=recipe.styles, topics=recipe.topics, variant=recipe.variant)
     held_out = load_emoji("held-out", styles=recipe.styles, topics=recipe.topics, variant=recipe.variant)
-    encoder = EmbeddingCache(MiniLMEncoder(length=recipe.text_length), out / "cache" / "text")
     with processes.main_process_first():  # the others find the caches
+        encoder = EmbeddingCache(MiniLMEncoder(length=recipe.text_length), out / "cache" / "text")
         source = latent_source(autoencoder, pictures, encoder, recipe.styles, out / "cache", SHIFTS)
         unseen = latent_source(autoencoder, held_out, encoder, recipe.styles, out / "cache")
     torch.manual_seed(recipe.training.seed)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from smalti.core.errors import UserError
-from smalti.core.files import atomic_file, check_creatable
+from smalti.core.files import atomic_file
 from smalti.data.folder import FolderSet, load_folder
 from smalti.evaluation.emoji_metrics import spread
 from smalti.objectives.flow_matching import FlowMatching
@@ -29,7 +29,7 @@ from smalti.training.config import TrainConfig
 from smalti.training.messages import is_main, say
 from smalti.training.processes import join_processes
 from smalti.training.progress import read_log
-from smalti.training.run_folder import MARKER, open_run
+from smalti.training.run_folder import check_run, open_run
 from smalti.training.run_state import plain
 from smalti.training.trainer import Trainer
 from smalti.zoo.loader import save_model, settings_hash, weights_hash
@@ -85,7 +85,7 @@ PRESETS = {
     "cpu": FolderRecipe(
         transformer={"heads": 6, "head_dim": 32},
         training=TrainConfig(
-            steps=1200, batch=32, learning_rate=1.5e-3, warmup=20, decay="linear-cooldown",
+            steps=800, batch=32, learning_rate=1.5e-3, warmup=20, decay="linear-cooldown",
             ema=0.99, save_every=100, sample_every=300, eval_every=100,
         ),
     ),
@@ -108,6 +108,8 @@ def train(recipe: FolderRecipe, out: Path, resume: bool = False) -> Path:
     processes = join_processes()
     with processes.main_process_first():  # if something is amiss, the first one says so and the others end with it
         check_places(recipe.data, out)
+        if is_main():
+            check_run(out, resume)
         base = base_autoencoder(recipe.tokenizer).to(processes.device)  # type: ignore[arg-type]  # diffusers wraps `to`
         multiple = base.factor * patch_size(recipe.transformer, recipe.size, base)
         pictures = load_folder(recipe.data, recipe.size, multiple, progress=is_main())
@@ -153,12 +155,11 @@ def train(recipe: FolderRecipe, out: Path, resume: bool = False) -> Path:
 
 
 def check_places(data: str, out: Path) -> None:
-    """Raises `UserError` if nothing can be written, or if that would lie among the pictures."""
+    """Raises `UserError` unless there is a folder of pictures, and what is written will not lie among them."""
     if not data:
         raise UserError("no folder of pictures was given; set data, or use --data FOLDER")
     if out.resolve().is_relative_to(Path(data).resolve()):
         raise UserError(f"{out} lies in the folder of the pictures, {data}; choose an --out beside it")
-    check_creatable(out / MARKER)
 
 
 def facts_of(base: Autoencoder, pictures: FolderSet) -> dict[str, Any]:
@@ -186,7 +187,8 @@ def report_pictures(pictures: FolderSet) -> None:
     for one in pictures.skipped:
         say(f"skipped {one.file}: {one.reason}")
     kind = "captions" if pictures.captions else f"{len(pictures.label_names)} labels" if pictures.labels else "nothing"
-    say(f"{len(pictures)} pictures in {len(set(pictures.shapes))} shapes, conditioned on {kind}")
+    shapes = len(set(pictures.shapes))
+    say(f"{len(pictures)} pictures of {'one shape' if shapes == 1 else f'{shapes} shapes'}, conditioned on {kind}")
     if len(pictures) < FEW:
         say("so few pictures are learned by heart: expect these again rather than new ones of their kind")
 

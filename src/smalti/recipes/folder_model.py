@@ -16,6 +16,8 @@ from smalti.tokenizers.text_encoder import MiniLMEncoder
 
 GRID = 16
 DIT_DEPTH = 6
+FIXED = ("self", "in_channels", "text_dim", "pooled_dim", "num_labels", "guidance_embeds", "learn_sigma")
+"""Arguments of the transformers that follow from the pictures or from the objective."""
 
 
 def patch_size(settings: Mapping[str, Any], size: int, autoencoder: Autoencoder) -> int:
@@ -45,7 +47,7 @@ def build_transformer(
         kind = DiT
         derived |= {"num_labels": len(pictures.label_names), "depth": DIT_DEPTH}
         derived |= {"base_size": max(1, size // (autoencoder.factor * patch))}
-    known = [name for name in inspect.signature(kind.__init__).parameters if name != "self"]
+    known = [name for name in inspect.signature(kind.__init__).parameters if name not in FIXED]
     for name in settings:
         if name not in known:
             raise unknown_name(f"setting of the transformer ({kind.__name__})", name, known)

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
+from smalti.core.errors import UserError
 from smalti.core.protocols import Batch, Cond, TextEmbedding, TextEncoder
 from smalti.core.seeds import rand
 from smalti.training.messages import is_main, say
@@ -96,6 +98,9 @@ def embed_captions(phrasings: Sequence[Sequence[str]], encoder: TextEncoder) -> 
 
     Returns:
         The embeddings in float16 and each sample's rows.
+
+    Raises:
+        UserError: the encoder keeps embeddings on disk, and it is full.
     """
     place: dict[tuple[str, ...], tuple[int, int]] = {}
     texts: list[str] = []
@@ -108,7 +113,10 @@ def embed_captions(phrasings: Sequence[Sequence[str]], encoder: TextEncoder) -> 
     bar = tqdm(starts, desc="embedding captions", disable=len(starts) < 3 or not is_main())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        parts = [encoder.encode(texts[start : start + CHUNK]).to(torch.float16) for start in bar]
+        try:
+            parts = [encoder.encode(texts[start : start + CHUNK]).to(torch.float16) for start in bar]
+        except SafetensorError as error:
+            raise UserError(f"cannot write the embeddings of the captions: {error}; free some space") from error
     _report(caught, len(texts) - 1)
     return Captions(TextEmbedding.cat(parts), torch.tensor([place[tuple(one)] for one in phrasings]))
 
