@@ -33,7 +33,6 @@ _USAGE_ERROR: Any = typer.BadParameter.__bases__[0]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Settings = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; dots reach inside.")]
 
-
 FOLDER_RECIPE = "folder"
 QUIET = {
     "HF_HUB_OFFLINE": "1",
@@ -46,11 +45,7 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def main() -> None:
     """Runs the command line and turns a user's mistake into one line and status 2."""
-    for name, value in {
-        "HF_HUB_OFFLINE": "1",
-        "DIFFUSERS_VERBOSITY": "error",
-        "TRANSFORMERS_VERBOSITY": "error",
-    }.items():
+    for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     warnings.simplefilter("ignore")  # a user can act on our own warnings alone
     warnings.filterwarnings("default", module="smalti")

@@ -4,19 +4,17 @@ import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from PIL import Image
 
 from smalti.core.errors import UserError
-from smalti.core.seeds import generators_for
 from smalti.data.folder import FolderSet
 from smalti.evaluation.copies import copy_report
 from smalti.evaluation.emoji_metrics import spread
 from smalti.evaluation.features import EfficientNetLite0
 from smalti.evaluation.sheet import from_images, sheet
+from smalti.sampling.pictures import draw_pictures
 from smalti.sampling.pipeline import TextToImagePipeline
 
-BATCH = 16
 SHEET_SIDE = 128
 MOST = 1000
 DRAWN = 32
@@ -24,20 +22,10 @@ DRAWN = 32
 
 def draw_like(pipe: TextToImagePipeline, pictures: FolderSet, indices: Sequence[int]) -> list[Image.Image]:
     """Pictures drawn from the captions or labels of these pictures, always from the same seeds."""
-    images: list[Image.Image] = []
-    pipe.set_progress_bar_config(disable=True)
-    for start in range(0, len(indices), BATCH):
-        part = indices[start : start + BATCH]
-        with warnings.catch_warnings(action="ignore"):  # captions that are cut have been reported
-            drawn = pipe(
-                [pictures.captions[index] for index in part] if pictures.captions else [""] * len(part),
-                style=[pictures.label_names[pictures.labels[index]] for index in part] if pictures.labels else None,
-                generator=generators_for([start + offset for offset in range(len(part))]),
-            )
-        assert isinstance(drawn, ImagePipelineOutput)
-        images += drawn.images
-    pipe.set_progress_bar_config(disable=None)
-    return images
+    prompts = [pictures.captions[index] for index in indices] if pictures.captions else [""] * len(indices)
+    styles = [pictures.label_names[pictures.labels[index]] for index in indices] if pictures.labels else None
+    with warnings.catch_warnings(action="ignore"):  # captions that are cut have been reported
+        return draw_pictures(pipe, prompts, styles, range(len(indices)))
 
 
 def sample_sheet(pipe: TextToImagePipeline, pictures: FolderSet, indices: Sequence[int]) -> Image.Image:
