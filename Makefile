@@ -2,6 +2,7 @@
 # make test   runs all fast tests
 # make lint   formatting, rules and types
 # make docs   writes the README's figures from results/
+# make picture draws the README's picture
 # make slow   the tests that take minutes
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,7 +10,7 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints
 DEMO_PROMPTS := "a green apple" "red heart" "cat face" "grinning face" "three o'clock" "slice of pizza" "sun behind cloud" "crying face" "a blue heart" "fox" "banana" "penguin"
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test slow lint docs clean
+.PHONY: demo test slow lint docs picture clean
 demo: .venv/core
 	$(BIN)/smalti generate $(DEMO_PROMPTS) --out out/demo.png
 
@@ -26,6 +27,9 @@ lint: .venv/dev
 
 docs: .venv/dev
 	$(BIN)/python docs/update_readme.py
+
+picture: .venv/core
+	$(BIN)/python docs/draw_grid.py
 
 .venv/core: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "smalti needs Python 3.11 or newer, this is " + sys.version'
