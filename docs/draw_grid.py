@@ -8,7 +8,8 @@ from smalti.zoo.loader import load_model
 
 PROMPTS = """
 red heart; blue heart; a green heart; purple heart; yellow heart; broken heart; black heart; a pink heart
-grinning face; crying face; angry face; smiling face with sunglasses; sleeping face; face with tongue; kissing face; sick green face
+grinning face; crying face; angry face; smiling face with sunglasses; sleeping face
+face with tongue; kissing face; sick green face
 three o'clock; six o'clock; nine o'clock; twelve o'clock; alarm clock; hourglass; stopwatch; a clock
 green apple; red apple; banana; lemon; watermelon; strawberry; grapes; pineapple
 slice of pizza; hamburger; french fries; doughnut; birthday cake; ice cream; bread; cup of coffee
