@@ -19,7 +19,7 @@ def pictures(make_pictures, tmp_path):
 def test_pictures_are_drawn_from_labels_and_always_alike(pictures, tiny_models, monkeypatch):
     pipe = load_model(tiny_models["labels"])
     one = [image.tobytes() for image in draw_like(pipe, pictures, [0, 1, 5])]
-    monkeypatch.setattr(pictures_module, "BATCH", 2)
+    monkeypatch.setattr(sampling_pictures, "BATCH", 2)
     assert len(set(one)) == 3
     assert [image.size for image in draw_like(pipe, pictures, [0, 1, 5])] == [(64, 64)] * 3
     assert sample_sheet(pipe, pictures, [0, 1, 5]).width > 3 * 128
