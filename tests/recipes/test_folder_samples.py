@@ -6,6 +6,7 @@ from smalti.data.folder import load_folder
 from smalti.evaluation.sheet import to_images
 from smalti.recipes import folder_samples
 from smalti.recipes.folder_samples import draw_like, memorising, sample_sheet
+from smalti.sampling import pictures as sampling_pictures
 from smalti.zoo.loader import load_model
 
 
