@@ -7,7 +7,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
-DEMO_PROMPTS := "a green apple" "red heart" "cat face" "grinning face" "three o'clock" "slice of pizza" "sun behind cloud" "crying face" "a blue heart" "fox" "banana" "penguin"
+DEMO_PROMPTS := "a green apple" "red heart" "cat face" "grinning face" "three o'clock" "slice of pizza" "cloud with rain" "crying face" \
+	"a blue heart" "panda" "rainbow" "penguin" "birthday cake" "angry face" "french fries" "star"
 export HF_HUB_OFFLINE = 1
 
 .PHONY: demo test slow lint docs picture clean
