@@ -1,6 +1,7 @@
 # make demo   draws pictures with the model that ships
 # make test   runs all fast tests
 # make lint   formatting, rules and types
+# make claims measures again what the README says of models and speed
 # make docs   writes the README's figures from results/
 # make picture draws the README's picture
 # make slow   the tests that take minutes
@@ -11,7 +12,7 @@ DEMO_PROMPTS := "a green apple" "red heart" "cat face" "grinning face" "three o'
 	"a blue heart" "panda" "rainbow" "penguin" "birthday cake" "angry face" "french fries" "star"
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test slow lint docs picture clean
+.PHONY: demo test slow lint claims docs picture clean
 demo: .venv/core
 	$(BIN)/smalti generate $(DEMO_PROMPTS) --out out/demo.png
 
@@ -25,6 +26,11 @@ lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+claims: .venv/dev
+	$(BIN)/smalti bench emoji
+	$(BIN)/smalti bench mmdit_speed
+	$(BIN)/smalti bench mmdit_speed --set shape=mid --set repeats=12
 
 docs: .venv/dev
 	$(BIN)/python docs/update_readme.py
