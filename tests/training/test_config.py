@@ -36,7 +36,7 @@ def test_linear_cooldown_uses_the_last_fifth():
         {"learning_rate": float("nan")}, {"warmup": 101}, {"warmup": -1}, {"decay": "cosinus"}, {"optimizer": "sgd"},
         {"precision": "fp16"}, {"ema": 1.0}, {"betas": (0.9, 1.0)}, {"clip": 0.0}, {"minutes": 0}, {"tracker": "wandb"},
         {"seed": -1}, {"seed": 2**63}, {"save_every": 0}, {"keep_last": 0}, {"muon_rate": -1.0}, {"weight_decay": -0.1},
-        {"eval_every": -1}, {"betas": (0.9,)},
+        {"eval_every": -1}, {"betas": (0.9,)}, {"patience": 3}, {"patience": -1},
     ],
 )  # fmt: skip
 def test_bad_settings_are_refused_in_one_line_that_names_them(settings):

@@ -9,6 +9,7 @@ import torch
 from toy_training import ToyDenoiser, ToySource
 
 from smalti.core.errors import UserError
+from smalti.core.protocols import Cond
 from smalti.objectives.flow_matching import FlowMatching
 from smalti.training import checkpoints
 from smalti.training.config import TrainConfig
@@ -265,3 +266,53 @@ def test_bad_input_is_refused_before_the_work(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         make(tmp_path / "file" / "out").fit()
+
+
+class Swapped(ToySource):
+    """Samples under the wrong label: what is learned of the labels makes their loss worse."""
+
+    def batch(self, indices, generators):
+        batch = super().batch(indices, generators)
+        return replace(batch, cond=Cond(label=torch.where(batch.cond.label < 2, 1 - batch.cond.label, 2)))
+
+
+def impatient(out, **settings):
+    return make(out, **{"steps": 300, "learning_rate": 3e-3, "ema": 0.9, "eval_every": 6, "patience": 3,
+                        "save_every": 10, "held_out": Swapped(40), **settings})  # fmt: skip
+
+
+@pytest.mark.parametrize("ema", [0.9, 0.0])
+def test_patience_ends_the_training_and_gives_the_best_weights(tmp_path, ema):
+    trainer = impatient(tmp_path, ema=ema)
+    report = trainer.fit()
+    curve = [(r["step"], r["held_out_loss"]) for r in read_log(report.curve) if "held_out_loss" in r]
+    best = min(curve, key=lambda pair: pair[1])
+    assert (report.ended, report.steps, report.held_out_loss) == ("held-out", best[0] + 3 * 6, pytest.approx(best[1]))
+    assert report.steps < 300
+    assert checkpoints.latest(tmp_path / "checkpoints") == report.checkpoint
+    assert trainer._held_out_loss() == pytest.approx(best[1], rel=1e-6)
+    again = impatient(tmp_path, ema=ema)
+    assert (again.fit(resume=True).ended, again.state.step) == ("held-out", report.steps)
+    assert same_weights(trainer.ema_model, again.ema_model)
+
+
+def test_a_resumed_run_loses_its_patience_at_the_same_step(tmp_path):
+    whole = impatient(tmp_path / "whole")
+    end = whole.fit()
+    impatient(tmp_path / "cut", steps=end.steps - 5).fit()
+    resumed = impatient(tmp_path / "cut")
+    assert resumed.fit(resume=True).steps == end.steps
+    assert same_weights(whole.ema_model, resumed.ema_model)
+
+
+def test_without_patience_nothing_changes(tmp_path):
+    plain, patient = (
+        impatient(tmp_path / "plain", patience=0, steps=60),
+        impatient(tmp_path / "patient", patience=99, steps=60),
+    )
+    one, other = plain.fit(), patient.fit()
+    assert (one.ended, other.ended) == ("steps", "steps")
+    assert losses(one.curve) == losses(other.curve)
+    assert same_weights(plain.state.model, patient.state.model)
+    assert not (one.checkpoint / "best.safetensors").exists()
+    assert one.held_out_loss > other.held_out_loss

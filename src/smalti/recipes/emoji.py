@@ -98,7 +98,7 @@ PRESETS = {
         transformer={"num_double": 1, "num_single": 5, "heads": 8, "head_dim": 32, "axes_dims_rope": (8, 12, 12)},
         training=TrainConfig(
             steps=30000, batch=512, learning_rate=1.5e-3, optimizer="muon", warmup=500, decay="linear-cooldown",
-            ema=0.9995, precision="bf16", compile=True, sample_every=1000, eval_every=500,
+            ema=0.9995, precision="bf16", compile=True, sample_every=1000, eval_every=500, patience=10,
         ),
     ),
 }  # fmt: skip
@@ -149,7 +149,8 @@ def train(recipe: EmojiRecipe, out: Path, resume: bool = False) -> Path:
         pipe.register_modules(transformer=trainer.ema_model.eval())
         settings = asdict(recipe)
         card |= {"settings": settings, "settings_hash": settings_hash(settings)}
-        card |= {"images_seen": report.steps * recipe.training.batch, "held_out_loss": report.held_out_loss}
+        card |= {"images_seen": report.steps * recipe.training.batch}
+        card |= {"held_out_loss": report.held_out_loss, "ended": report.ended}
         card |= {
             "metrics": emoji_metrics(pipe, recipe.topics, recipe.measured),
             "autoencoder_psnr": held_out_psnr(autoencoder, recipe),

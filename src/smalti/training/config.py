@@ -12,7 +12,7 @@ OPTIMIZERS = ("adamw", "muon")
 PRECISIONS = ("no", "bf16")
 OPERATIONAL = (
     "accumulate", "gradient_checkpointing", "compile", "save_every", "keep_last", "sample_every", "log_every",
-    "eval_every", "eval_samples", "tracker", "minutes",
+    "eval_every", "eval_samples", "patience", "tracker", "minutes",
 )  # fmt: skip
 """Fields that may change when a run is resumed: they do not name another training."""
 
@@ -44,6 +44,8 @@ class TrainConfig:
         log_every: steps between lines of the log.
         eval_every: steps between held-out losses of the averaged weights; 0 never.
         eval_samples: held-out samples that are used.
+        patience: held-out losses in a row without a new best that end the training; 0 never. With it, the averaged
+            weights of the best held-out loss are the result.
         tracker: none or tensorboard.
         minutes: wall-clock budget of one call of `fit`; it ends with a checkpoint. The rates follow the steps alone.
     """
@@ -70,6 +72,7 @@ class TrainConfig:
     log_every: int = 10
     eval_every: int = 0
     eval_samples: int = 256
+    patience: int = 0
     tracker: Literal["tensorboard"] | None = None
     minutes: float | None = None
 
@@ -78,11 +81,12 @@ class TrainConfig:
             self._check(
                 name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "a whole number from 1"
             )
-        for name in ("warmup", "sample_every", "eval_every"):
+        for name in ("warmup", "sample_every", "eval_every", "patience"):
             self._check(
                 name, isinstance(getattr(self, name), int) and getattr(self, name) >= 0, "a whole number from 0"
             )
         self._check("warmup", self.warmup <= self.steps, f"at most steps ({self.steps})")
+        self._check("patience", self.eval_every > 0 or not self.patience, "0 unless eval_every is above 0")
         self._check("learning_rate", 0 < self.learning_rate < math.inf, "above 0")
         for name in ("muon_rate", "clip", "minutes"):
             value = getattr(self, name)

@@ -1,8 +1,9 @@
 """Between a running training and its checkpoint: what is taken, and what is refused when it is put back."""
 
+import math
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,9 @@ class RunState:
         step: finished steps.
         skipped: steps that were skipped for a non-finite loss or gradient.
         streak: how many of the latest steps were skipped in a row.
+        best: the lowest held-out loss so far, kept with `best_weights` if the training ends on held-out losses.
+        best_weights: the averaged weights that reached it.
+        stale: held-out losses since then.
     """
 
     model: nn.Module
@@ -36,6 +40,22 @@ class RunState:
     step: int = 0
     skipped: int = 0
     streak: int = 0
+    best: float = math.inf
+    best_weights: dict[str, Tensor] = field(default_factory=dict)
+    stale: int = 0
+
+    @property
+    def averaged(self) -> nn.Module:
+        """The averaged model; the trained one itself if nothing is averaged."""
+        return self.model if self.ema is None else self.ema.model
+
+    def judge(self, held_out_loss: float) -> None:
+        """Keeps the averaged weights if their held-out loss is a new best, else counts."""
+        if held_out_loss < self.best:
+            self.best, self.stale = held_out_loss, 0
+            self.best_weights = {name: tensor.detach().clone() for name, tensor in weights(self.averaged).items()}
+        else:
+            self.stale += 1
 
     def capture(self, identity: Mapping[str, Any], position: int) -> Checkpoint:
         """The checkpoint of this moment; `position` counts the samples drawn so far."""
@@ -43,10 +63,13 @@ class RunState:
         stored = {"model": weights(self.model), "optimizer": tensors, "random": random_tensors()}
         if self.ema is not None:
             stored["ema"] = weights(self.ema.model)
+        if self.best_weights:
+            stored["best"] = self.best_weights
         state = {
             "position": position,
             "skipped": self.skipped,
             "streak": self.streak,
+            "held_out": {"best": self.best, "stale": self.stale} if self.best_weights else None,
             "ema_updates": self.ema.updates if self.ema is not None else 0,
             "optimizer": plain,
             "random": random_state(),
@@ -68,6 +91,10 @@ class RunState:
             self.ema.updates = checkpoint.state["ema_updates"]
         copy_weights(checkpoint.tensors["model"], self.model)
         self.optimizers.load_flat_state(dict(checkpoint.tensors["optimizer"]), checkpoint.state["optimizer"])
+        if checkpoint.state.get("held_out") is not None:
+            self.best, self.stale = checkpoint.state["held_out"]["best"], checkpoint.state["held_out"]["stale"]
+            device = next(self.model.parameters()).device
+            self.best_weights = {name: tensor.to(device) for name, tensor in checkpoint.tensors["best"].items()}
         restore_random(checkpoint.tensors["random"], checkpoint.state["random"])
         self.step, self.skipped, self.streak = (
             checkpoint.step, checkpoint.state["skipped"], checkpoint.state["streak"],

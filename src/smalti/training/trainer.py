@@ -5,6 +5,7 @@ derived from them. So one process, several processes and accumulated parts walk 
 and a run that was killed goes on from its last checkpoint as if nothing had happened.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,10 +29,10 @@ from smalti.training.messages import say
 from smalti.training.optimizers import Optimizers
 from smalti.training.processes import make_accelerator
 from smalti.training.progress import Journal
-from smalti.training.run_state import RunState, identity
+from smalti.training.run_state import RunState, copy_weights, identity
 from smalti.training.train_step import Outcome, TrainStep, autocast_call
 
-PATIENCE = 10
+BAD_STEPS = 10
 """So many skipped steps in a row end a training."""
 
 
@@ -45,10 +46,10 @@ class TrainReport:
         images_per_second: of this call, over its training steps.
         skipped_steps: steps skipped for a non-finite loss or gradient.
         loss: mean over the last logged interval; NaN if none was logged.
-        held_out_loss: the last one, or None.
+        held_out_loss: of the result: the last one, with patience the best; None if there was none.
         curve: the log, one json line a logged step.
         checkpoint: the last checkpoint.
-        ended: steps or minutes, whichever was used up.
+        ended: steps or minutes, whichever was used up, or held-out: the patience with the held-out loss was.
     """
 
     steps: int
@@ -114,10 +115,12 @@ class Trainer:
     @property
     def ema_model(self) -> nn.Module:
         """The averaged model; the trained one itself if nothing is averaged."""
-        return self.state.model if self.state.ema is None else self.state.ema.model
+        return self.state.averaged
 
     def fit(self, resume: bool = False) -> TrainReport:
-        """Trains until the steps or the minutes are used up.
+        """Trains until the steps, the minutes or the patience with the held-out loss are used up.
+
+        With patience, `ema_model` has the weights of the best held-out loss afterwards; the checkpoints do not change.
 
         Args:
             resume: go on from the newest whole checkpoint in the folder; without one, start.
@@ -133,7 +136,7 @@ class Trainer:
         self.model.train()
         try:
             with Interruption(self.config.minutes) as stop:
-                while self.state.step < self.config.steps and not is_late:
+                while not (is_late or self._is_over()):
                     outcome = self._advance(stop, journal)
                     is_late = outcome.is_late
                     self._save_if_due(outcome)
@@ -143,6 +146,9 @@ class Trainer:
                     self._leave(stop.signal)
         finally:
             journal.close()
+        is_best = self.config.patience > 0 and self.state.best < math.inf
+        if is_best:
+            copy_weights(self.state.best_weights, self.ema_model)
         self.accelerator.wait_for_everyone()
         images = (self.state.step - first) * self.config.batch
         return TrainReport(
@@ -151,11 +157,22 @@ class Trainer:
             images_per_second=images / journal.busy if journal.busy else 0.0,
             skipped_steps=self.state.skipped,
             loss=journal.loss,
-            held_out_loss=journal.held_out_loss,
+            held_out_loss=self.state.best if is_best else journal.held_out_loss,
             curve=self.out / "log.jsonl",
             checkpoint=self._path(),
-            ended="steps" if self.state.step == self.config.steps else "minutes",
+            ended=self._reason(),
         )
+
+    def _is_impatient(self) -> bool:
+        return 0 < self.config.patience <= self.state.stale
+
+    def _is_over(self) -> bool:
+        return self.state.step == self.config.steps or self._is_impatient()
+
+    def _reason(self) -> str:
+        if self._is_impatient():
+            return "held-out"
+        return "steps" if self._is_over() else "minutes"
 
     def _open(self, resume: bool) -> None:
         """Prepares the folder on the main process, and restores the same checkpoint on all."""
@@ -191,18 +208,22 @@ class Trainer:
         rate = self.config.learning_rate * self.config.rate(state.step)
         state.step += 1
         journal.note(state.step, outcome, time.perf_counter() - started, rate, state.skipped)
-        if state.streak == PATIENCE:
+        if state.streak == BAD_STEPS:
             raise UserError(self._divergence())
         is_end = outcome.is_late or state.step == self.config.steps
         if self.held_out is not None and is_due(state.step, self.config.eval_every, is_end):
-            journal.note_held_out(state.step, self._held_out_loss())
+            loss = self._held_out_loss()
+            journal.note_held_out(state.step, loss)
+            # One that is taken only because a run ends here would make a resumed or prolonged run end elsewhere.
+            if self.config.patience and state.step % self.config.eval_every == 0:
+                state.judge(loss)
         if self.on_sample is not None and is_due(state.step, self.config.sample_every, is_end):
             self._sample()
         return outcome
 
     def _save_if_due(self, outcome: Outcome) -> None:
         # In a streak of skipped steps the weights may be broken already: the last good checkpoint is not pushed out.
-        is_end = outcome.signal is not None or outcome.is_late or self.state.step == self.config.steps
+        is_end = outcome.signal is not None or outcome.is_late or self._is_over()
         if not is_end and (self.state.step % self.config.save_every or self.state.streak):
             return
         if self.accelerator.is_main_process:
@@ -247,7 +268,7 @@ class Trainer:
         kept = checkpoints.steps(self.checkpoints)
         good = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was saved yet"
         return (
-            f"{PATIENCE} steps in a row gave a non-finite loss or gradient (up to step {self.state.step}); {good}; "
+            f"{BAD_STEPS} steps in a row gave a non-finite loss or gradient (up to step {self.state.step}); {good}; "
             f"check the data, or train into a new folder with a lower learning_rate (now {self.config.learning_rate:g})"
         )
 
