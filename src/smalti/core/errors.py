@@ -31,3 +31,11 @@ def unknown_name(kind: str, got: str, allowed: Iterable[str]) -> UserError:
     hint = f"; did you mean {' or '.join(repr(name) for name in near)}?" if near else "."
     shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
     return UserError(f"unknown {kind} {got!r}{hint} Known: {shown or 'none'}")
+
+
+class Refusal(UserError):
+    """A method cannot act on this model, in this mode or beside that other method; the message names the reason."""
+
+
+class NeverEngaged(Refusal):
+    """A method was applied and a run ended, but it changed nothing: the setting, the steps or the model do not fit."""

@@ -8,7 +8,7 @@ Source: Stable Diffusion 3 (arXiv 2403.03206, figure 2) for double blocks; paral
 section 2) and their combination as in FLUX.1.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +64,7 @@ def attend_qkv(qkv: Tensor, weight: Tensor, heads: int, context: JointContext) -
 
 
 class StreamAttention(nn.Module):
-    """The projections of one stream: fused `to_qkv`, the norms of queries and keys, and `to_out`.
+    """Attention with the projections of one stream: fused `to_qkv`, the norms of queries and keys, and `to_out`.
 
     Args:
         width: D.
@@ -81,6 +81,33 @@ class StreamAttention(nn.Module):
     def norm_weight(self) -> Tensor:
         """Weights of both norms (1, 2, 1, d)."""
         return torch.stack([self.norm_q.weight, self.norm_k.weight])[None, :, None]
+
+    def forward(
+        self, x: Tensor, heads: int, context: JointContext, text: Tensor | None = None, of_text: Self | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attends over one sequence, or over the joint one of two streams.
+
+        Args:
+            x: the stream of these projections (B, N, D).
+            heads: h.
+            context: of the call.
+            text: a second stream (B, M, D), which stands first in the joint sequence.
+            of_text: its projections.
+
+        Returns:
+            The streams' outputs: of x (B, N, D), and of the text (B, M, D) or None.
+        """
+        if text is None or of_text is None:
+            return self.to_out(attend_qkv(self.to_qkv(x), self.norm_weight(), heads, context)), None
+        length = text.shape[1]
+        weight = torch.cat(
+            [
+                of_text.norm_weight().expand(length, -1, -1, -1),
+                self.norm_weight().expand(x.shape[1], -1, -1, -1),
+            ]
+        )
+        joint = attend_qkv(torch.cat([of_text.to_qkv(text), self.to_qkv(x)], dim=1), weight, heads, context)
+        return self.to_out(joint[:, length:]), of_text.to_out(joint[:, :length])
 
 
 class DoubleBlock(nn.Module):
@@ -106,18 +133,16 @@ class DoubleBlock(nn.Module):
         """Text (B, M, D) and image (B, N, D) to the same shapes."""
         image_attn, image_ffn = self.modulation(context.activated)
         text_attn, text_ffn = self.modulation_text(context.activated)
-        length = text.shape[1]
-        text_qkv = self.attn_text.to_qkv(modulated_norm(text, text_attn.shift, text_attn.scale))
-        image_qkv = self.attn.to_qkv(modulated_norm(image, image_attn.shift, image_attn.scale))
-        weight = torch.cat(
-            [
-                self.attn_text.norm_weight().expand(length, -1, -1, -1),
-                self.attn.norm_weight().expand(image.shape[1], -1, -1, -1),
-            ]
+        image_out, text_out = self.attn(
+            modulated_norm(image, image_attn.shift, image_attn.scale),
+            self.heads,
+            context,
+            text=modulated_norm(text, text_attn.shift, text_attn.scale),
+            of_text=self.attn_text,
         )
-        joint = attend_qkv(torch.cat([text_qkv, image_qkv], dim=1), weight, self.heads, context)
-        text = gated_add(text, text_attn.gate, self.attn_text.to_out(joint[:, :length]))
-        image = gated_add(image, image_attn.gate, self.attn.to_out(joint[:, length:]))
+        assert text_out is not None
+        text = gated_add(text, text_attn.gate, text_out)
+        image = gated_add(image, image_attn.gate, image_out)
         image = gated_add(image, image_ffn.gate, self.ffn(modulated_norm(image, image_ffn.shift, image_ffn.scale)))
         text = gated_add(text, text_ffn.gate, self.ffn_text(modulated_norm(text, text_ffn.shift, text_ffn.scale)))
         return Streams(text, image)
@@ -143,5 +168,5 @@ class SingleBlock(nn.Module):
         """The joint sequence (B, L, D), text first, to the same shape."""
         (triple,) = self.modulation(context.activated)
         normed = modulated_norm(x, triple.shift, triple.scale)
-        joint = attend_qkv(self.attn.to_qkv(normed), self.attn.norm_weight(), self.heads, context)
-        return gated_add(x, triple.gate, self.attn.to_out(joint) + self.ffn(normed))
+        attended, _ = self.attn(normed, self.heads, context)
+        return gated_add(x, triple.gate, attended + self.ffn(normed))

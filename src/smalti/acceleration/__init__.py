@@ -1,0 +1,1 @@
+"""Caches, sparse attention, token skipping, pruning: the same model with less work."""

@@ -1,0 +1,85 @@
+"""Forecasts of a tensor from the values it had: a Taylor series whose derivatives are finite differences.
+
+At every known value F at place s, with d = s - (the place before), the factors are renewed from the lowest:
+
+    D0 = F,   D(i+1) = (Di - Di of before) / d,
+
+and the forecast at s + x is the sum of x^i / i! * Di. All orders share the newest distance d. With `is_divided` they
+are Newton's divided differences over the places themselves, exact for polynomials on irregular places.
+
+Source: TaylorSeer (arXiv 2503.06923), equations 6 to 8; Newton's form as in any text on interpolation.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class TaylorState:
+    """Factors of one tensor.
+
+    Args:
+        order: O, the highest derivative; 0 repeats the last value.
+        is_divided: Newton's divided differences in place of the published form.
+        store: dtype in which factors are kept; None = that of the tensor.
+        is_offloaded: whether factors wait in the CPU's memory.
+        factors: D0 to DO, as far as they are known.
+        places: where the newest values were taken, newest first.
+        dtype: of the tensor.
+        device: of the tensor.
+    """
+
+    order: int
+    is_divided: bool = False
+    store: torch.dtype | None = None
+    is_offloaded: bool = False
+    factors: list[Tensor] = field(default_factory=list)
+    places: list[float] = field(default_factory=list)
+    dtype: torch.dtype = torch.float32
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+def update(state: TaylorState, value: Tensor, place: float, is_derived: bool = True) -> None:
+    """Takes in a value; it is copied, so that later changes in place do not reach the factors.
+
+    Args:
+        state: changed in place.
+        value: F, any shape, the same at every call.
+        place: s, different from the one before.
+        is_derived: whether derivatives are renewed; otherwise only the value is kept.
+    """
+    state.dtype, state.device = value.dtype, value.device
+    old = [_fetched(state, factor) for factor in state.factors] if is_derived else []
+    factors = [value.detach().to(state.store or value.dtype, copy=True)]
+    for i, before in enumerate(old[: state.order]):
+        distance = place - state.places[i if state.is_divided else 0]
+        factors.append((factors[i] - before) / distance)
+    state.factors = [factor.to("cpu") if state.is_offloaded else factor for factor in factors]
+    state.places = [place, *state.places][: state.order + 1]
+
+
+def predict(state: TaylorState, place: float) -> Tensor:
+    """The forecast at a place: a new tensor in the shape, dtype and on the device of the values.
+
+    Raises:
+        ValueError: no value was taken in yet.
+    """
+    if not state.factors:
+        raise ValueError("a forecast needs at least one value; call update first")
+    result = _fetched(state, state.factors[0]).clone()
+    weight = 1.0
+    for i, factor in enumerate(state.factors[1:], start=1):
+        weight *= place - state.places[i - 1] if state.is_divided else (place - state.places[0]) / i
+        result.add_(_fetched(state, factor), alpha=weight)
+    return result.to(state.dtype)
+
+
+def kept_bytes(state: TaylorState) -> int:
+    """Memory of the factors."""
+    return sum(factor.nbytes for factor in state.factors)
+
+
+def _fetched(state: TaylorState, factor: Tensor) -> Tensor:
+    return factor.to(state.device, non_blocking=True)

@@ -1,0 +1,1 @@
+"""Where a method may act on any diffusion transformer, ours or diffusers'."""

@@ -1,0 +1,72 @@
+"""`smalti.apply`: methods on a pipeline or a model, in one reversible line."""
+
+import inspect
+from itertools import combinations
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from smalti.core.errors import Refusal, UserError
+from smalti.core.method import Method
+from smalti.seams.anatomy import TIME_NAMES, find_stacks, read_anatomy
+from smalti.seams.handle import Handle, sites_of
+
+
+def apply(target: Any, *methods: Method) -> Handle:
+    """Lets methods act on every denoiser of a pipeline, or on one model, until the handle is removed.
+
+    Args:
+        target: a diffusers pipeline, or a transformer (ours, diffusers', or one built alike).
+        methods: where several act at one seam, their own `order` decides which is outermost, then the given order.
+
+    Returns:
+        A handle, which is also a context manager.
+
+    Raises:
+        Refusal: a method cannot act on this model or beside another one, or the model already carries methods.
+
+    Example:
+        >>> with smalti.apply(pipe, TaylorSeer(interval=4)) as handle:
+        ...     picture = pipe("a green apple").images[0]
+        >>> print(handle.report())
+    """
+    if not methods:
+        raise UserError("got no method to apply; give at least one, such as TaylorSeer(interval=4)")
+    for method in methods:
+        if not isinstance(method, Method):
+            raise UserError(f"got {method!r}, which is no method; give an object such as TaylorSeer(interval=4)")
+    for one, other in combinations(methods, 2):
+        reason = one.refuses(other) or other.refuses(one)
+        if reason:
+            raise Refusal(f"{one} and {other} cannot act together: {reason}; apply one of them")
+    anatomies = [read_anatomy(model) for model in denoisers(target)]
+    for anatomy in anatomies:
+        for method in methods:
+            if not sites_of(method, anatomy):
+                raise Refusal(f"{type(anatomy.model).__name__} has no site at which {method} acts")
+            method.check(anatomy.reading)
+    return Handle(target, anatomies, tuple(sorted(methods, key=lambda method: method.order)))
+
+
+def denoisers(target: Any) -> list[nn.Module]:
+    """The transformers that denoise in a pipeline (Wan 2.2 has two), or the model itself.
+
+    Raises:
+        Refusal: there is none.
+        UserError: the target is neither.
+    """
+    if isinstance(target, DiffusionPipeline):
+        found = [one for one in target.components.values() if isinstance(one, nn.Module) and _is_denoiser(one)]
+        if not found:
+            raise Refusal(f"{type(target).__name__} has no transformer that takes a time; methods act on transformers")
+        return [getattr(one, "_orig_mod", one) for one in found]
+    if not isinstance(target, nn.Module):
+        raise UserError(f"got {type(target).__name__}; give a diffusers pipeline or a transformer (nn.Module)")
+    return [getattr(target, "_orig_mod", target)]
+
+
+def _is_denoiser(module: nn.Module) -> bool:
+    module = getattr(module, "_orig_mod", module)
+    parameters = inspect.signature(module.forward).parameters
+    return any(name in parameters for name in TIME_NAMES) and any(True for _ in find_stacks(module))
