@@ -7,7 +7,7 @@ from torch import nn
 
 from smalti.seams.anatomy import Anatomy, Sublayer
 from smalti.seams.frame import CURRENT, Forward, Frame
-from smalti.seams.wrapping import wrap, wrap_block
+from smalti.seams.wrapping import is_compiled, wrap, wrap_block
 
 Undo = Callable[[], None]
 Answer = Callable[[Frame, Forward, tuple, dict], Any]
@@ -26,7 +26,7 @@ def attach(anatomy: Anatomy) -> list[Undo]:
             return frame.at_block(block, forward, args, kwargs)
 
         for sublayer in block.sublayers:
-            undo += _attach_sublayer(anatomy.model, sublayer)
+            undo += _attach_sublayer(anatomy.model, sublayer, is_compiled(block.module))
         undo += wrap_block(block.module, _asking(anatomy.model, at_block))
     return undo
 
@@ -40,17 +40,17 @@ def check_attached(anatomy: Anatomy) -> str | None:
     return None
 
 
-def _attach_sublayer(model: nn.Module, sublayer: Sublayer) -> list[Undo]:
+def _attach_sublayer(model: nn.Module, sublayer: Sublayer, compiled: bool) -> list[Undo]:
     def at_sublayer(frame: Frame, forward: Forward, args: tuple, kwargs: dict) -> Any:
         return frame.at_sublayer(sublayer, forward, args, kwargs)
 
-    undo = [wrap(sublayer.module, "forward", _asking(model, at_sublayer))]
+    undo = [wrap(sublayer.module, "forward", _asking(model, at_sublayer), compiled)]
     for feeder in sublayer.feeders:
 
         def at_feeder(frame: Frame, forward: Forward, args: tuple, kwargs: dict, feeder=feeder) -> Any:
             return frame.at_feeder(sublayer, feeder, forward, args, kwargs)
 
-        undo.append(wrap(feeder.module, "forward", _asking(model, at_feeder)))
+        undo.append(wrap(feeder.module, "forward", _asking(model, at_feeder), compiled))
     return undo
 
 

@@ -93,7 +93,7 @@ def switch_attention(is_on: bool) -> None:
         F.scaled_dot_product_attention = _switched if _users else _plain
 
 
-@torch.compiler.disable(recursive=False)
+@torch.compiler.disable
 def _switched(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Stands for `scaled_dot_product_attention` while a method acts on attention cores."""
     frame = CURRENT.get()

@@ -17,20 +17,27 @@ Around = Callable[[Forward, tuple, dict], Any]
 """Called as `around(original, args, kwargs)` in place of a method."""
 
 
-def wrap(owner: Any, name: str, around: Around) -> Callable[[], None]:
+def wrap(owner: Any, name: str, around: Around, is_compiled: bool = False) -> Callable[[], None]:
     """Wraps `owner.name` on this instance.
+
+    Args:
+        owner: the object.
+        name: of the method.
+        around: called in its place, never compiled.
+        is_compiled: whether the original is compiled on its own, because it stands in a compiled block.
 
     Returns:
         A function that undoes it.
     """
     own = vars(owner).get(name)
     original = getattr(owner, name)
+    inner = torch.compile(original) if is_compiled else original
     state = {"is_on": True}
 
-    @torch.compiler.disable(recursive=False)  # what the original calls is still compiled
+    @torch.compiler.disable
     @functools.wraps(original)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return around(original, args, kwargs) if state["is_on"] else original(*args, **kwargs)
+        return around(inner, args, kwargs) if state["is_on"] else inner(*args, **kwargs)
 
     def undo() -> None:
         state["is_on"] = False
@@ -49,10 +56,10 @@ def wrap_block(module: nn.Module, around: Around) -> list[Callable[[], None]]:
 
     Wrapped modules inside a compiled block break its graph, so it is compiled anew in pieces while it is wrapped.
     """
-    if module._compiled_call_impl is None:
+    if not is_compiled(module):
         return [wrap(module, "forward", around)]
     pieces = torch.compile(module._call_impl)
-    return [wrap(module, "_compiled_call_impl", lambda whole, args, kwargs: around(pieces, args, kwargs))]
+    return [wrap(module, "_compiled_call_impl", lambda _, args, kwargs: around(pieces, args, kwargs))]
 
 
 def wrap_call(owner: Any, around: Callable[[Any, Forward, tuple, dict], Any]) -> Callable[[], None]:
@@ -77,3 +84,8 @@ def wrap_call(owner: Any, around: Callable[[Any, Forward, tuple, dict], Any]) ->
             owner.__class__ = old
 
     return undo
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `module.compile()` was called."""
+    return module._compiled_call_impl is not None
