@@ -217,6 +217,94 @@ def bench(
 
 
 @app.command()
+def systems(
+    slug: Annotated[str | None, typer.Argument(help="One system; all without.", show_default=False)] = None,
+    as_json: Json = False,
+) -> None:
+    """List the systems with their state, or tell all of one."""
+    from smalti.core import catalogue
+
+    if slug is None:
+        rows = [catalogue.row(one) for one in catalogue.entries()]
+        _print(rows, as_json, _by_stage(rows))
+        return
+    one = catalogue.as_json(catalogue.entry(slug))
+    _print(one, as_json, _one_system(one))
+
+
+def _by_stage(rows: list[dict[str, Any]]) -> str:
+    """The list as text, one paragraph a stage."""
+    stages: dict[str, list[str]] = {}
+    width = max(len(row["slug"]) for row in rows)
+    for row in rows:
+        line = f"  {row['state']:12} {row['slug']:{width}}  {row['summary']}"
+        stages.setdefault(row["stage"], []).append(line)
+    return "\n\n".join("\n".join([stage, *lines]) for stage, lines in stages.items())
+
+
+def _one_system(one: dict[str, Any]) -> str:
+    """A system as text."""
+    paper = f"{one['paper']['title']} (arXiv {one['paper']['arxiv']})"
+    lines = [f"{one['name']}: {one['summary']}", paper, f"{one['stage']}, {one['state']}"]
+    lines += ["", one["purpose"]] if one["purpose"] else []
+    lines += [""] + [f"{kind:10} {path}" for kind, paths in one["where"].items() for path in paths]
+    for name, record in one["verdicts"].items():
+        verdict = record["verdict"]
+        stale = ", stale: it was measured on other code" if record["stale"] else ""
+        numbers = {"ours": verdict["ours"], **verdict["comparators"]}
+        lines += ["", f"{name}: {verdict['outcome']}{stale} ({record['hardware']}, {record['date']})"]
+        lines += [f"  {verdict['measured']}; {verdict['rule']}"]
+        lines += ["  " + ", ".join(f"{key} {value:.4g}" for key, value in numbers.items())]
+    return "\n".join(lines)
+
+
+@app.command()
+def where(slug: str, as_json: Json = False) -> None:
+    """Print the files of a system: page, mechanism, tests, example, results."""
+    from smalti.core import catalogue
+
+    found = catalogue.where(catalogue.entry(slug))
+    _print(found, as_json, "\n".join(f"{kind:10} {path}" for kind, paths in found.items() for path in paths))
+
+
+@app.command()
+def claim(
+    slugs: Annotated[list[str] | None, typer.Argument(metavar="SLUG...", show_default=False)] = None,
+    full: Annotated[bool, typer.Option("--full", help="The claim at full size, on a GPU.")] = False,
+    record: Annotated[bool, typer.Option("--record", help="Write the verdict into results/claims.")] = False,
+    stale: Annotated[
+        bool, typer.Option("--stale", help="Of all systems, those whose verdict is missing or stale.")
+    ] = False,
+    budget: Annotated[float, typer.Option(help="Factor on the work; 2 for a second run.")] = 1.0,
+    train: Annotated[bool, typer.Option("--train", help="Train anew what ships as a variant.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run the claims of systems; status 1 if one does not hold."""
+    from smalti.core import catalogue
+    from smalti.evaluation import claims
+
+    chosen = list(slugs or [])
+    if stale:
+        chosen += [one.system.slug for one in catalogue.entries() if catalogue.state(one) in ("implemented", "stale")]
+    if not chosen and not stale:
+        raise UserError("name the systems whose claims to run, or give --stale; smalti systems lists them")
+    for slug in chosen:
+        catalogue.entry(slug)
+    records = []
+    for slug in chosen:
+        result = claims.run_claim(slug, full, budget, train)
+        if result is None:
+            print(f"smalti: {slug} has no {'full' if full else 'small'} claim", file=sys.stderr)
+            continue
+        records.append(result)
+        if record:
+            print(f"recorded {claims.save_record(result)}", file=sys.stderr)
+    _print(records, as_json, claims.table(records))
+    if any(claims.outcome(one) != "holds" for one in records):
+        raise typer.Exit(1)
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """Check this installation: versions, devices, extras, models, data, disk."""
     from smalti.tasks.doctor import checkup

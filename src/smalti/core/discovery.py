@@ -1,19 +1,41 @@
-"""Members of a stage are found by listing its folder; nothing is registered anywhere."""
+"""Members of a stage are found by listing its folder; nothing is registered anywhere.
+
+Folders in the environment variable `SMALTI_PATH` are laid out like the package (`systems/mine.py`,
+`acceleration/mine.py`) and listed with it, so a system of one's own needs no change of smalti's files.
+"""
 
 import importlib
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
 
-from smalti.core.errors import unknown_name
+from smalti.core.errors import UserError, unknown_name
 
 ROOT = Path(__file__).parents[1]
 
 
+def roots() -> list[Path]:
+    """The package's folder, then those of `SMALTI_PATH`."""
+    given = [Path(path) for path in os.environ.get("SMALTI_PATH", "").split(os.pathsep) if path]
+    for path in given:
+        if not path.is_dir():
+            raise UserError(f"SMALTI_PATH names {path}, which is no folder; give folders laid out like smalti's own")
+    return [ROOT, *given]
+
+
 def members(stage: str) -> list[str]:
     """Module names of a stage without importing them, sorted: `members("recipes")`."""
-    return sorted(path.stem for path in (ROOT / stage).glob("*.py") if not path.stem.startswith("_"))
+    return sorted(
+        {path.stem for root in roots() for path in (root / stage).glob("*.py") if not path.stem.startswith("_")}
+    )
+
+
+def member_path(stage: str, name: str) -> Path | None:
+    """The file of a member, or None; `-` and `_` are the same in its name."""
+    paths = (root / stage / f"{name.replace('-', '_')}.py" for root in roots())
+    return next((path for path in paths if path.is_file()), None)
 
 
 def load_member(stage: str, name: str) -> ModuleType:
@@ -25,6 +47,10 @@ def load_member(stage: str, name: str) -> ModuleType:
     module = name.replace("-", "_")
     if module not in members(stage):
         raise unknown_name(stage.rstrip("s"), name, members(stage))
+    package = importlib.import_module(f"smalti.{stage}")
+    for root in roots()[1:]:
+        if (root / stage).is_dir() and str(root / stage) not in package.__path__:
+            package.__path__.append(str(root / stage))
     return importlib.import_module(f"smalti.{stage}.{module}")
 
 

@@ -119,6 +119,14 @@ def emoji_metrics(
     }
 
 
+def drawn_distance(pipe: TextToImagePipeline, topics: tuple[str, ...] | None, steps: int) -> float:
+    """Fréchet distance of pictures drawn from all held-out captions of these topics to the real ones."""
+    held_out = load_emoji("held-out", styles=list(pipe.config["styles"]), topics=topics)
+    extract = EfficientNetLite0()
+    drawn = extract(draw_captions(pipe, held_out, steps))
+    return frechet_distance(drawn, picture_features(extract, held_out))
+
+
 def picture_features(extract: EfficientNetLite0, pictures: EmojiSet) -> Tensor:
     """Features (N, 1280) of all pictures."""
     starts = range(0, len(pictures), 64)

@@ -1,0 +1,39 @@
+"""Methods are found by listing the stages that hold them."""
+
+import inspect
+from collections.abc import Iterator
+from types import ModuleType
+
+from smalti.core.discovery import load_member, members
+from smalti.core.errors import unknown_name
+from smalti.core.method import Method
+
+STAGES = ("acceleration", "control", "editing")
+
+
+def methods() -> Iterator[type[Method]]:
+    """All methods that are found, each once, by listing the stages that hold them."""
+    for stage in STAGES:
+        for name in members(stage):
+            yield from methods_of(load_member(stage, name))
+
+
+def methods_of(module: ModuleType) -> Iterator[type[Method]]:
+    """The methods that a module defines."""
+    for _, one in inspect.getmembers(module, inspect.isclass):
+        if issubclass(one, Method) and not inspect.isabstract(one) and one.__module__ == module.__name__:
+            yield one
+
+
+def load_method(slug: str) -> type[Method]:
+    """The method of a system.
+
+    Raises:
+        UserError: no such method; the nearest names are offered.
+    """
+    known = {name: stage for stage in STAGES for name in members(stage)}
+    module = slug.replace("-", "_")
+    found = list(methods_of(load_member(known[module], module))) if module in known else []
+    if not found:
+        raise unknown_name("method", slug, [name.replace("_", "-") for name in known])
+    return found[0]
