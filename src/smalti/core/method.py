@@ -255,6 +255,15 @@ class SublayerMethod(Method):
 class CoreMethod(Method):
     """Acts on attention cores."""
 
+    def check_cores(self, model: str, cores: Mapping[str, tuple[TokenLayout, TokenLayout]]) -> None:
+        """Raises `Refusal` if no attention suits the method; by default any does.
+
+        Args:
+            model: class name.
+            cores: layouts of queries and keys of every softmax attention, by stack and name, at the current shapes.
+        """
+        return
+
     @abstractmethod
     def at_core(self, state: Any, call: CoreCall) -> Tensor:
         """The attention's output (B, h, L, d): `call.attend(...)`, changed or forgone."""

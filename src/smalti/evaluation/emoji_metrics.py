@@ -69,6 +69,7 @@ def emoji_metrics(
     steps: int = 28,
     guidance: float | None = None,
     save: Path | None = None,
+    variant: str | None = None,
 ) -> dict[str, Any]:
     """Figures of a model on held-out (concept, style) pairs.
 
@@ -79,14 +80,15 @@ def emoji_metrics(
         steps: sampling steps.
         guidance: its default if None.
         save: a PNG file for the drawn pictures in sheet order.
+        variant: of the data set, of the size that the model draws.
 
     Returns:
         json: the figures by name.
     """
     styles = list(pipe.config["styles"])
-    held_out = load_emoji("held-out", styles=styles, topics=topics)
+    held_out = load_emoji("held-out", styles=styles, topics=topics, variant=variant)
     held_out = take(held_out, spread(len(held_out), count))
-    train = load_emoji("train", styles=styles, topics=topics)
+    train = load_emoji("train", styles=styles, topics=topics, variant=variant)
     extract, judge = EfficientNetLite0(), load_judge()
     drawn = draw_captions(pipe, held_out, steps, guidance)
     if save is not None:

@@ -31,7 +31,7 @@ from smalti.training.config import TrainConfig
 from smalti.training.latent_source import LatentSource, embed_captions
 from smalti.training.processes import join_processes
 from smalti.training.trainer import Trainer
-from smalti.zoo.loader import save_model, settings_hash, weights_hash
+from smalti.zoo.loader import load_model, save_model, settings_hash, weights_hash
 
 SHIFTS = ((0, 0), (2, 0), (-2, 0), (0, 2), (0, -2))
 TOPICS_CPU = ("smileys", "animals", "food", "hearts", "clocks", "weather")
@@ -56,6 +56,8 @@ class EmojiRecipe:
         training: the transformer's training.
         objective: path, times and weights of the transformer's loss.
         guidance: default guidance scale of the pipeline.
+        size: of the pictures in pixels; the data set's variant has it.
+        start: model of the zoo whose autoencoder is kept and whose transformer is trained on; none = from nothing.
         measured: held-out (concept, style) pairs that are drawn and judged at the end.
     """
 
@@ -69,6 +71,8 @@ class EmojiRecipe:
     text_length: int = 16
     objective: FlowMatching = field(default_factory=FlowMatching)
     guidance: float = 3.0
+    size: int = 64
+    start: str | None = None
     measured: int = 400
 
 
@@ -104,11 +108,12 @@ PRESETS = {
 }  # fmt: skip
 
 
-def train(recipe: EmojiRecipe, out: Path, resume: bool = False) -> Path:
+def train(recipe: EmojiRecipe, out: Path, resume: bool = False, name: str = "emoji") -> Path:
     """Trains autoencoder and transformer and writes the pipeline.
 
     Args:
         recipe: one of `PRESETS`, or one's own.
+        name: of the recipe.
         out: folder for everything: `autoencoder`, `transformer` (log, checkpoints, samples), `model` (the result).
         resume: go on where an earlier call in `out` was stopped.
 
@@ -132,6 +137,7 @@ def train(recipe: EmojiRecipe, out: Path, resume: bool = False) -> Path:
         text_encoder="minilm",
         text_length=recipe.text_length,
         styles=list(recipe.styles),
+        size=recipe.size,
         default_guidance=recipe.guidance,
     )
 
@@ -139,7 +145,7 @@ def train(recipe: EmojiRecipe, out: Path, resume: bool = False) -> Path:
         pipe.register_modules(transformer=ema_model)
         draw_grid(pipe, recipe.styles).save(folder / f"step-{step:06d}.png")
 
-    card = {"recipe": "emoji", "data_hash": pictures.hash, "autoencoder": weights_hash(autoencoder)}
+    card = {"recipe": name, "start": recipe.start, "data_hash": pictures.hash, "autoencoder": weights_hash(autoencoder)}
     trainer = Trainer(
         pipe.transformer, recipe.objective, source, recipe.training, out / "transformer",
         held_out=unseen, on_sample=draw, description=card,
@@ -152,7 +158,7 @@ def train(recipe: EmojiRecipe, out: Path, resume: bool = False) -> Path:
         card |= {"images_seen": report.steps * recipe.training.batch}
         card |= {"held_out_loss": report.held_out_loss, "ended": report.ended}
         card |= {
-            "metrics": emoji_metrics(pipe, recipe.topics, recipe.measured),
+            "metrics": emoji_metrics(pipe, recipe.topics, recipe.measured, variant=recipe.variant),
             "autoencoder_psnr": held_out_psnr(autoencoder, recipe),
         }
         save_model(pipe, out / "model", card, torch.bfloat16)
@@ -161,7 +167,12 @@ def train(recipe: EmojiRecipe, out: Path, resume: bool = False) -> Path:
 
 
 def train_autoencoder(recipe: EmojiRecipe, out: Path, resume: bool = False) -> ConvAutoencoder:
-    """The trained autoencoder of `out / "autoencoder"`; trains it on all concepts if it is not there yet."""
+    """The trained autoencoder of `out / "autoencoder"`; trains it on all concepts if it is not there yet.
+
+    A recipe that starts from a model has that model's.
+    """
+    if recipe.start is not None:
+        return load_model(recipe.start).autoencoder.eval()
     folder = out / "autoencoder"
     if not (folder / "config.json").is_file():
         torch.manual_seed(recipe.autoencoder_training.seed)
@@ -177,11 +188,14 @@ def train_autoencoder(recipe: EmojiRecipe, out: Path, resume: bool = False) -> C
 
 def held_out_psnr(autoencoder: ConvAutoencoder, recipe: EmojiRecipe) -> float:
     """Mean PSNR in dB on the held-out concepts of all topics."""
-    return round(reconstruction_psnr(autoencoder, load_emoji("held-out", styles=recipe.styles)), 2)
+    pictures = load_emoji("held-out", styles=recipe.styles, variant=recipe.variant)
+    return round(reconstruction_psnr(autoencoder, pictures), 2)
 
 
 def build_transformer(recipe: EmojiRecipe, text_width: int) -> MMDiT:
-    """The untrained transformer."""
+    """The untrained transformer, or the one that the recipe starts from."""
+    if recipe.start is not None:
+        return load_model(recipe.start).transformer
     return MMDiT(
         in_channels=recipe.autoencoder["latent_channels"],
         text_dim=text_width,

@@ -213,13 +213,21 @@ class Handle:
         key = _shapes({name: value for name, value in arguments.items() if name != attached.anatomy.time})
         with _lock:
             if key not in attached.layouts:
-                attached.layouts[key] = layouts = read_layouts(attached.anatomy, forward, arguments)
-                if not layouts.queries and any(isinstance(method, CoreMethod) for method in self.methods):
-                    raise Refusal(
-                        f"no attention of {type(attached.anatomy.model).__name__} calls scaled_dot_product_attention: "
-                        "it is linear, or another backend is set (set_attention_backend('native') sets it back)"
-                    )
+                layouts = read_layouts(attached.anatomy, forward, arguments)
+                self._check_cores(type(attached.anatomy.model).__name__, layouts)
+                attached.layouts[key] = layouts
         return attached.layouts[key]
+
+    def _check_cores(self, name: str, layouts: Layouts) -> None:
+        cores = {".".join(key): (layouts.queries[key], layouts.keys[key]) for key in layouts.queries}
+        for method in self.methods:
+            if isinstance(method, CoreMethod):
+                if not cores:
+                    raise Refusal(
+                        f"no attention of {name} calls scaled_dot_product_attention: it is linear, or another backend "
+                        "is set (set_attention_backend('native') sets it back)"
+                    )
+                method.check_cores(name, cores)
 
     def _pipeline_call(self, pipe: Any, forward: Forward, args: tuple, kwargs: dict) -> Any:
         """One call of the pipeline is one run."""
