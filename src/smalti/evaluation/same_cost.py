@@ -31,8 +31,12 @@ class Measured:
 
     def distances(self, full: "Measured") -> list[float]:
         """Relative L2 distance to the full run for each sample."""
-        difference = (self.latents - full.latents).flatten(1).norm(dim=1)
-        return (difference / full.latents.flatten(1).norm(dim=1)).tolist()
+        return relative_distances(self.latents, full.latents)
+
+
+def relative_distances(latents: Tensor, full: Tensor) -> list[float]:
+    """||x - full|| / ||full|| for each sample of (B, ...)."""
+    return ((latents - full).flatten(1).norm(dim=1) / full.flatten(1).norm(dim=1)).tolist()
 
 
 def measure(draw: Callable[[], Tensor]) -> Measured:
