@@ -91,12 +91,17 @@ def generate(
     style: Annotated[str | None, typer.Option(help="Drawing style (or label) of the model; 'all' draws each.")] = None,
     size: Annotated[str | None, typer.Option(help="Pixels: one number or HEIGHTxWIDTH.")] = None,
     solver: Annotated[str, typer.Option(help="euler, heun, dpm++, unipc or sde.")] = "euler",
+    methods: Annotated[
+        list[str], typer.Option("--apply", metavar="SLUG[:KEY=VALUE,...]", help="A method, such as taylorseer.")
+    ] = [],  # noqa: B006 (typer copies it)
     as_json: Json = False,
 ) -> None:
     """Draw pictures from prompts."""
     from smalti.tasks import text_to_image
 
-    request = text_to_image.Request(tuple(prompts or ()), model, out, seed, steps, guidance, count, style, size, solver)
+    request = text_to_image.Request(
+        tuple(prompts or ()), model, out, seed, steps, guidance, count, style, size, solver, tuple(methods)
+    )
     result = text_to_image.draw(request)
     lines = [f"{p['file']}  {p['prompt']!r}, {p['style'] or 'no style'}, seed {p['seed']}" for p in result["pictures"]]
     if result["sheet"]:

@@ -8,7 +8,7 @@ Source: Stable Diffusion 3 (arXiv 2403.03206, figure 2) for double blocks; paral
 section 2) and their combination as in FLUX.1.
 """
 
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -63,8 +63,8 @@ def attend_qkv(qkv: Tensor, weight: Tensor, heads: int, context: JointContext) -
     return attention(q, k, v, context.mask, backend=context.backend).transpose(1, 2).flatten(2)
 
 
-class StreamAttention(nn.Module):
-    """Attention with the projections of one stream: fused `to_qkv`, the norms of queries and keys, and `to_out`.
+class StreamProjections(nn.Module):
+    """The projections of one stream: fused `to_qkv`, the norms of queries and keys, and `to_out`.
 
     Args:
         width: D.
@@ -82,8 +82,17 @@ class StreamAttention(nn.Module):
         """Weights of both norms (1, 2, 1, d)."""
         return torch.stack([self.norm_q.weight, self.norm_k.weight])[None, :, None]
 
+
+class StreamAttention(StreamProjections):
+    """Attention over one stream, or over the joint sequence of two whose other projections are given."""
+
     def forward(
-        self, x: Tensor, heads: int, context: JointContext, text: Tensor | None = None, of_text: Self | None = None
+        self,
+        x: Tensor,
+        heads: int,
+        context: JointContext,
+        text: Tensor | None = None,
+        of_text: StreamProjections | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attends over one sequence, or over the joint one of two streams.
 
@@ -125,7 +134,7 @@ class DoubleBlock(nn.Module):
         self.modulation = Modulation(width, sublayers=2)
         self.modulation_text = Modulation(width, sublayers=2)
         self.attn = StreamAttention(width, width // heads)
-        self.attn_text = StreamAttention(width, width // heads)
+        self.attn_text = StreamProjections(width, width // heads)
         self.ffn = FeedForward(width, ffn_ratio)
         self.ffn_text = FeedForward(width, ffn_ratio)
 

@@ -120,7 +120,7 @@ def find_stacks(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
 
 def is_attention(module: nn.Module) -> bool:
     """Whether a module is attention: it projects to queries, or its class says so."""
-    if re.search("Norm|Block|Layer$|Processor", type(module).__name__):
+    if re.search("Norm|Block|Layer$|Processor", type(module).__name__) or not _is_callable(module):
         return False
     has_projection = any(isinstance(getattr(module, one, None), nn.Module) for one in PROJECTIONS)
     return has_projection or re.search("Attention|Attn", type(module).__name__) is not None
@@ -129,6 +129,11 @@ def is_attention(module: nn.Module) -> bool:
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a linear layer or stands for one (quantised, with adapters)."""
     return isinstance(module, nn.Linear) or (hasattr(module, "in_features") and hasattr(module, "out_features"))
+
+
+def _is_callable(module: nn.Module) -> bool:
+    """Whether a module has a forward; some only hold weights."""
+    return type(module).forward is not nn.Module.forward
 
 
 def _is_block(module: nn.Module) -> bool:
@@ -167,7 +172,7 @@ def _sublayers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, str, 
             yield path, "attention", child
         elif isinstance(child, (nn.ModuleList, nn.ModuleDict)) or any(is_attention(one) for one in child.modules()):
             yield from _sublayers(child, f"{path}.")
-        elif not NOT_FFN.search(type(child).__name__) and _count_products(child) >= 2:
+        elif _is_callable(child) and not NOT_FFN.search(type(child).__name__) and _count_products(child) >= 2:
             yield path, "ffn", child
 
 

@@ -1,12 +1,14 @@
-"""Methods are found by listing the stages that hold them."""
+"""Methods are found by listing the stages that hold them, and made from words such as `taylorseer:interval=4`."""
 
 import inspect
+import re
 from collections.abc import Iterator
 from types import ModuleType
 
 from smalti.core.discovery import load_member, members
 from smalti.core.errors import unknown_name
 from smalti.core.method import Method
+from smalti.core.settings import override
 
 STAGES = ("acceleration", "control", "editing")
 
@@ -37,3 +39,18 @@ def load_method(slug: str) -> type[Method]:
     if not found:
         raise unknown_name("method", slug, [name.replace("_", "-") for name in known])
     return found[0]
+
+
+def make_method(words: str) -> Method:
+    """The method of `SLUG[:key=value,...]`; what is not given keeps its default.
+
+    Raises:
+        UserError: an unknown slug or key, or a value that does not fit.
+
+    Example:
+        >>> make_method("grat:group=[1,2,2],region=cross")
+        GRAT(group=(1, 2, 2), region='cross', dense_steps=0)
+    """
+    slug, _, settings = words.partition(":")
+    pairs = [pair for pair in re.split(r",(?![^\[]*\])", settings) if pair]  # commas inside brackets stay
+    return override(load_method(slug)(), pairs)

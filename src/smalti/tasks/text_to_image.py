@@ -19,6 +19,8 @@ from smalti.core.seeds import check_seed, generators_for
 from smalti.evaluation.sheet import sheet
 from smalti.sampling.pipeline import TextToImagePipeline
 from smalti.sampling.schedulers import make_scheduler
+from smalti.seams.apply import apply
+from smalti.seams.find import make_method
 from smalti.zoo.loader import load_model
 
 BATCH = 16
@@ -41,6 +43,7 @@ class Request:
         style: drawing style or label; "all" draws each; the model's first if None.
         size: pixels, "64" or "64x96" (height x width); the model's own if None.
         solver: euler, heun, dpm++, unipc or sde.
+        methods: training-free methods that act while drawing, such as "taylorseer:interval=4".
 
     Raises:
         UserError: a value is out of range.
@@ -56,6 +59,7 @@ class Request:
     style: str | None = None
     size: str | None = None
     solver: str = "euler"
+    methods: tuple[str, ...] = ()
 
     def __post_init__(self):
         for name, value in (("steps", self.steps), ("count", self.count)):
@@ -92,6 +96,7 @@ def draw(request: Request) -> dict[str, Any]:
     """
     check_creatable(request.out)
     height, width = _size(request.size)
+    methods = [make_method(words) for words in request.methods]
     scheduler = make_scheduler(request.solver)
     pipe = load_model(request.model, "cuda" if torch.cuda.is_available() else "cpu")
     pipe.register_modules(scheduler=scheduler)
@@ -101,6 +106,31 @@ def draw(request: Request) -> dict[str, Any]:
         check_creatable(file)
     pipe.set_progress_bar_config(disable=None)
     started = time.perf_counter()
+    with ExitStack() as stack:
+        handle = stack.enter_context(apply(pipe, *methods)) if methods else None
+        images = _draw(pipe, request, wanted, height, width)
+    seconds = time.perf_counter() - started
+    settings = {
+        "model": request.model,
+        "steps": request.steps,
+        "solver": request.solver,
+        "guidance": pipe.config["default_guidance"] if request.guidance is None else request.guidance,
+        "size": [images[0].height, images[0].width],
+        **({"methods": [str(method) for method in methods]} if methods else {}),
+    }
+    _write(request.out, files, wanted, images, settings)
+    return {
+        "pictures": [{"file": str(file), **asdict(picture)} for file, picture in zip(files, wanted, strict=True)],
+        "sheet": str(request.out) if len(images) > 1 else None,
+        **settings,
+        "seconds": round(seconds, 3),
+        **({} if handle is None else {"report": handle.report().as_json()}),
+    }
+
+
+def _draw(
+    pipe: TextToImagePipeline, request: Request, wanted: list[_Picture], height: int | None, width: int | None
+) -> list[Image.Image]:
     images: list[Image.Image] = []
     for start in range(0, len(wanted), BATCH):
         part = wanted[start : start + BATCH]
@@ -115,21 +145,7 @@ def draw(request: Request) -> dict[str, Any]:
         )
         assert isinstance(drawn, ImagePipelineOutput)
         images += drawn.images
-    seconds = time.perf_counter() - started
-    settings = {
-        "model": request.model,
-        "steps": request.steps,
-        "solver": request.solver,
-        "guidance": pipe.config["default_guidance"] if request.guidance is None else request.guidance,
-        "size": [images[0].height, images[0].width],
-    }
-    _write(request.out, files, wanted, images, settings)
-    return {
-        "pictures": [{"file": str(file), **asdict(picture)} for file, picture in zip(files, wanted, strict=True)],
-        "sheet": str(request.out) if len(images) > 1 else None,
-        **settings,
-        "seconds": round(seconds, 3),
-    }
+    return images
 
 
 def _pictures(request: Request, pipe: TextToImagePipeline) -> list[_Picture]:
