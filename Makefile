@@ -1,8 +1,8 @@
 # make demo   draws pictures with the model that ships
 # make test   runs all fast tests
 # make lint   formatting, rules and types
-# make claims measures again what the README says of models and speed
-# make docs   writes the README's figures from results/
+# make claims runs the claims of all systems and measures again what the README says of models and speed
+# make docs   writes the README's figures and tables, and docs/systems.md, from results/
 # make picture draws the README's picture
 # make slow   the tests that take minutes
 PYTHON ?= python3
@@ -28,11 +28,13 @@ lint: .venv/dev
 	$(BIN)/pyright
 
 claims: .venv/dev
+	$(BIN)/smalti claim --all
 	$(BIN)/smalti bench emoji
 	$(BIN)/smalti bench mmdit_speed
 	$(BIN)/smalti bench mmdit_speed --set shape=mid --set repeats=12
 
 docs: .venv/dev
+	$(BIN)/python docs/update_systems.py
 	$(BIN)/python docs/update_readme.py
 
 picture: .venv/core

@@ -52,10 +52,20 @@ def test_pictures_are_there():
         assert (ROOT / path).is_file(), path
 
 
-def test_figures_are_current():
-    spec = importlib.util.spec_from_file_location("update_readme", ROOT / "docs" / "update_readme.py")
+def script(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert module.updated(README) == README, "run make docs"
+    return module
+
+
+@pytest.mark.parametrize("name", ["update_readme", "update_systems"])
+def test_figures_and_tables_are_current(name):
+    assert script(name).updated(README) == README, "run make docs"
+
+
+def test_the_page_of_systems_is_current():
+    page = (ROOT / "docs" / "systems.md").read_text(encoding="utf-8")
+    assert script("update_systems").page() == page, "run make docs"

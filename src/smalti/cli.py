@@ -277,6 +277,7 @@ def claim(
     slugs: Annotated[list[str] | None, typer.Argument(metavar="SLUG...", show_default=False)] = None,
     full: Annotated[bool, typer.Option("--full", help="The claim at full size, on a GPU.")] = False,
     record: Annotated[bool, typer.Option("--record", help="Write the verdict into results/claims.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Of all systems that have a page.")] = False,
     stale: Annotated[
         bool, typer.Option("--stale", help="Of all systems, those whose verdict is missing or stale.")
     ] = False,
@@ -291,8 +292,10 @@ def claim(
     chosen = list(slugs or [])
     if stale:
         chosen += [one.system.slug for one in catalogue.entries() if catalogue.state(one) in ("implemented", "stale")]
+    if every:
+        chosen += [one.system.slug for one in catalogue.entries() if one.page is not None]
     if not chosen and not stale:
-        raise UserError("name the systems whose claims to run, or give --stale; smalti systems lists them")
+        raise UserError("name the systems whose claims to run, or give --stale or --all; smalti systems lists them")
     for slug in chosen:
         catalogue.entry(slug)
     records = []

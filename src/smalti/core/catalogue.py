@@ -104,7 +104,7 @@ def state(one: Entry) -> State:
         return "implemented"
     if any(is_stale(one, record) for record in small):
         return "stale"
-    outcomes = [record["verdict"]["outcome"] for record in small]
+    outcomes = [record.get("second", record)["verdict"]["outcome"] for record in small]
     return next(outcome for outcome in ("fails", "unresolved", "holds") if outcome in outcomes)
 
 

@@ -47,11 +47,17 @@ def load_member(stage: str, name: str) -> ModuleType:
     module = name.replace("-", "_")
     if module not in members(stage):
         raise unknown_name(stage.rstrip("s"), name, members(stage))
-    package = importlib.import_module(f"smalti.{stage}")
-    for root in roots()[1:]:
-        if (root / stage).is_dir() and str(root / stage) not in package.__path__:
-            package.__path__.append(str(root / stage))
+    _open_folders()
     return importlib.import_module(f"smalti.{stage}.{module}")
+
+
+def _open_folders() -> None:
+    """Lets the stages' packages find modules in the folders of `SMALTI_PATH`, which import one another."""
+    for root in roots()[1:]:
+        for folder in (path for path in root.iterdir() if (ROOT / path.name / "__init__.py").is_file()):
+            package = importlib.import_module(f"smalti.{folder.name}")
+            if str(folder) not in package.__path__:
+                package.__path__.append(str(folder))
 
 
 def benchmarks() -> dict[str, Path]:
