@@ -102,7 +102,7 @@ def test_a_system_of_ones_own_appears_everywhere_without_a_changed_file(toy):
     assert (status, json.loads(out)[0]["verdict"]["outcome"]) == (0, "holds")
     assert smalti("claim", "toy", "--budget", "2")[0] == 1
     collected = subprocess.run(
-        [sys.executable, "-m", "pytest", "--collect-only", "-q", "tests/seams/test_contract.py"],
+        [sys.executable, "-m", "pytest", "--collect-only", "tests/seams/test_contract.py"],
         capture_output=True, text=True, env=os.environ, cwd=catalogue.ROOT.parents[1],
     )  # fmt: skip
     assert "test_contract[Toy-flux]" in collected.stdout

@@ -182,7 +182,7 @@ class Handle:
             raise Refusal(f"{type(anatomy.model).__name__} was called without {anatomy.time}, by which steps are told")
         t = time_of(arguments[anatomy.time])
         condition = condition_of(arguments, anatomy.sample, anatomy.time)
-        signature = (id(anatomy.model), signature_of(arguments.get(anatomy.sample)))
+        signature = signature_of(arguments.get(anatomy.sample))
         run = here.runs.get(here.lane)
         branch = here.branch or (None if run is None else run.branch_of(condition))
         if run is None or not run.fits(t, branch, signature):
