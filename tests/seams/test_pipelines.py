@@ -4,7 +4,6 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderKLWan,
-    DiTPipeline,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     WanPipeline,
