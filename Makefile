@@ -35,6 +35,7 @@ claims: .venv/dev
 
 docs: .venv/dev
 	$(BIN)/python docs/update_systems.py
+	$(BIN)/python docs/update_anatomy.py
 	$(BIN)/python docs/update_readme.py
 
 picture: .venv/core

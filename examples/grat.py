@@ -1,4 +1,4 @@
-"""Sparse attention on pictures of 256 tokens, in groups of 2 x 2: rows and columns of groups against groups drawn blindly."""
+"""Sparse attention on pictures of 256 tokens in groups of 2 x 2: a cross of groups against groups drawn blindly."""
 
 import smalti
 from smalti.acceleration.grat import GRAT, region_layout

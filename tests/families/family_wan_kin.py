@@ -36,7 +36,11 @@ def framepack(seed, batch, grid):
     return {
         **clips(seed, batch, grid), "encoder_attention_mask": mask(batch), "guidance": torch.full((batch,), 6000.0),
         "pooled_projections": draw(batch, 8, seed=seed + 2), "image_embeds": draw(batch, 3, 8, seed=seed + 4),
-        "indices_latents": torch.arange(FRAMES),
+        "indices_latents": torch.arange(FRAMES) + 7,
+        **{f"latents_{name}": draw(batch, 4, count, grid[0] * 2, grid[1] * 2, seed=seed + 5 + count)
+           for name, count in (("clean", 1), ("history_2x", 2), ("history_4x", 4))},
+        "indices_latents_clean": torch.tensor([6]), "indices_latents_history_2x": torch.tensor([4, 5]),
+        "indices_latents_history_4x": torch.arange(4),
     }  # fmt: skip
 
 
@@ -64,7 +68,8 @@ FAMILIES = {
         lambda: HunyuanVideoFramepackTransformer3DModel(
             in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=10, num_layers=2,
             num_single_layers=2, num_refiner_layers=1, patch_size=2, patch_size_t=1, text_embed_dim=16,
-            pooled_projection_dim=8, rope_axes_dim=(2, 4, 4), has_image_proj=True, image_proj_dim=8, has_clean_x_embedder=True,
+            pooled_projection_dim=8, rope_axes_dim=(2, 4, 4), has_image_proj=True, image_proj_dim=8,
+            has_clean_x_embedder=True,
         ),
         framepack,
     ),

@@ -1,3 +1,6 @@
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
 from family import GRIDS, all_families, build, call, euler
@@ -19,3 +22,9 @@ def test_a_family_runs_and_depends_on_everything(name):
     with torch.no_grad():
         at = [call(model, family, arguments, arguments[family.sample], t) for t in (0.2, 0.9)]
     assert not torch.allclose(*at)
+
+
+def test_the_table_of_anatomies_is_current():
+    root = Path(__file__).parents[2]
+    page = runpy.run_path(str(root / "docs" / "update_anatomy.py"))["page"]()
+    assert (root / "docs" / "anatomy.md").read_text(encoding="utf-8") == page, "run make docs"

@@ -98,6 +98,10 @@ class Handle:
             names = ", ".join(type(one.anatomy.model).__name__ for one in self._attached)
             return Report(names, self._counts.calls, self._counts.runs, methods)
 
+    def layouts(self) -> list[Layouts]:
+        """The token layouts that were read so far, one for each model and shape; none if no method needs them."""
+        return [one for attached in self._attached for one in attached.layouts.values()]
+
     @contextmanager
     def lane(self, name: str) -> Iterator[Self]:
         """Calls inside belong to a run of their own: an inversion, a reference pass, a replay."""
