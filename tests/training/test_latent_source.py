@@ -84,3 +84,11 @@ def test_processes_other_than_the_first_are_silent(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     embed_captions([["a caption that is far longer than eight tokens"]], MiniLMEncoder(length=8))
     assert not capsys.readouterr().err
+
+
+def test_features_come_from_the_view_that_was_drawn(captions):
+    features = {"teacher": [view.reshape(6, 1, 1).expand(6, 4, 2) * 10 for view in VIEWS]}
+    source = LatentSource(VIEWS, captions, torch.zeros(6, dtype=torch.long), 2, features=features)
+    batch = source.batch(torch.arange(6).repeat(20), generators_for(range(120)))
+    assert torch.equal(batch.cond.extra["teacher"][:, 0, 0], batch.x0.flatten() * 10)
+    assert len((batch.x0 // 100).unique()) == 3

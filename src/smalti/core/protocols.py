@@ -19,11 +19,13 @@ class TensorBundle:
     """Base of dataclasses of tensors that move, index and stack along the batch together."""
 
     def map(self, function) -> Self:
-        """A copy with `function` applied to every tensor, also those inside mappings."""
+        """A copy with `function` applied to every tensor, also those inside mappings and other bundles."""
 
         def visit(value):
             if isinstance(value, Tensor):
                 return function(value)
+            if isinstance(value, TensorBundle):
+                return value.map(function)
             return {k: visit(v) for k, v in value.items()} if isinstance(value, Mapping) else value
 
         return replace(self, **{f.name: visit(getattr(self, f.name)) for f in fields(self)})  # type: ignore[type-var]
@@ -50,6 +52,8 @@ class TensorBundle:
         def join(values):
             if isinstance(values[0], Tensor):
                 return torch.cat(values)
+            if isinstance(values[0], TensorBundle):
+                return type(values[0]).cat(values)
             if isinstance(values[0], Mapping):
                 return {k: join([v[k] for v in values]) for k in values[0]}
             return values[0]

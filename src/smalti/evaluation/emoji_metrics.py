@@ -121,11 +121,27 @@ def emoji_metrics(
     }
 
 
-def drawn_distance(pipe: TextToImagePipeline, topics: tuple[str, ...] | None, steps: int) -> float:
-    """Fréchet distance of pictures drawn from all held-out captions of these topics to the real ones."""
+def drawn_distance(
+    pipe: TextToImagePipeline,
+    topics: tuple[str, ...] | None,
+    steps: int,
+    count: int | None = None,
+    guidance: float | None = None,
+) -> float:
+    """Fréchet distance of pictures drawn from held-out captions of these topics to the real ones.
+
+    Args:
+        pipe: the model.
+        topics: the subsets it was trained on; None = all concepts.
+        steps: sampling steps.
+        count: pictures, evenly spaced over all; None = all.
+        guidance: its default if None.
+    """
     held_out = load_emoji("held-out", styles=list(pipe.config["styles"]), topics=topics)
+    if count is not None:
+        held_out = take(held_out, spread(len(held_out), count))
     extract = EfficientNetLite0()
-    drawn = extract(draw_captions(pipe, held_out, steps))
+    drawn = extract(draw_captions(pipe, held_out, steps, guidance))
     return frechet_distance(drawn, picture_features(extract, held_out))
 
 

@@ -5,8 +5,8 @@ guidance, arXiv 2207.12598, which view of the picture) comes from its own genera
 """
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -54,6 +54,7 @@ class LatentSource:
         dropped_label: the label that stands for "none".
         groups: indices of the samples of each shape; None = all have one.
         text_dropout, label_dropout: how often a condition is dropped, in [0, 1].
+        features: further tensors by name, one table a view: those of the view that was drawn come in `cond.extra`.
     """
 
     views: Sequence[LatentTable]
@@ -63,6 +64,7 @@ class LatentSource:
     groups: Sequence[Tensor] | None = None
     text_dropout: float = 0.1
     label_dropout: float = 0.1
+    features: Mapping[str, Sequence[LatentTable]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.views[0])
@@ -70,23 +72,26 @@ class LatentSource:
     def batch(self, indices: Tensor, generators: Sequence[torch.Generator]) -> Batch:
         """The samples `indices` (B,), all of one shape; one generator for each decides phrasing, dropout and view."""
         draw = rand((len(indices), 4), generators)  # phrasing, text dropped, label dropped, view
-        x0 = self._latents(indices, (draw[:, 3] * len(self.views)).long())
+        view = (draw[:, 3] * len(self.views)).long()
+        x0 = _rows(self.views, indices, view)
+        extra = {name: _rows(tables, indices, view) for name, tables in self.features.items()}
         label = None
         if self.labels is not None:
             label = torch.where(draw[:, 2] < self.label_dropout, self.dropped_label, self.labels[indices])
         if self.captions is None:
-            return Batch(x0, Cond(label=label), indices)
+            return Batch(x0, Cond(label=label, extra=extra), indices)
         first, last = self.captions.rows[indices].unbind(1)
         row = first + (draw[:, 0] * (last - first)).long()
         row = torch.where(draw[:, 1] < self.text_dropout, len(self.captions.text.tokens) - 1, row)
         text = self.captions.text[row].to(torch.float32)
-        return Batch(x0, Cond(text.tokens, text.pooled, text.mask, label), indices)
+        return Batch(x0, Cond(text.tokens, text.pooled, text.mask, label, extra=extra), indices)
 
-    def _latents(self, indices: Tensor, view: Tensor) -> Tensor:
-        """Latents (B, C, h, w) of samples, each from its view (B,); one look-up a view."""
-        rows = [(view == number).nonzero()[:, 0] for number in range(len(self.views))]
-        parts = [table[indices[row]] for table, row in zip(self.views, rows, strict=True) if len(row)]
-        return torch.cat(parts).float()[torch.cat(rows).argsort()]
+
+def _rows(views: Sequence[LatentTable], indices: Tensor, view: Tensor) -> Tensor:
+    """Rows (B, ...) of samples, each from its view (B,); one look-up a view."""
+    rows = [(view == number).nonzero()[:, 0] for number in range(len(views))]
+    parts = [table[indices[row]] for table, row in zip(views, rows, strict=True) if len(row)]
+    return torch.cat(parts).float()[torch.cat(rows).argsort()]
 
 
 def embed_captions(phrasings: Sequence[Sequence[str]], encoder: TextEncoder) -> Captions:

@@ -12,6 +12,7 @@ from diffusers import ConfigMixin
 from torch import Tensor, nn
 
 from smalti.core.errors import UserError
+from smalti.training.alignment import denoiser_of
 from smalti.training.checkpoints import Checkpoint
 from smalti.training.config import TrainConfig
 from smalti.training.ema import EMA
@@ -47,7 +48,7 @@ class RunState:
     @property
     def averaged(self) -> nn.Module:
         """The averaged model; the trained one itself if nothing is averaged."""
-        return self.model if self.ema is None else self.ema.model
+        return denoiser_of(self.model) if self.ema is None else self.ema.model
 
     def judge(self, held_out_loss: float) -> None:
         """Keeps the averaged weights if their held-out loss is a new best, else counts."""

@@ -7,7 +7,7 @@ and a run that was killed goes on from its last checkpoint as if nothing had hap
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from smalti.core.errors import UserError
 from smalti.core.files import check_writable
 from smalti.core.protocols import Cond, Objective, TrainState
 from smalti.training import checkpoints
+from smalti.training.alignment import AlignedModel, AlignedObjective, Alignment, denoiser_of
 from smalti.training.config import TrainConfig
 from smalti.training.data_order import SampleSource
 from smalti.training.ema import EMA
@@ -75,6 +76,7 @@ class Trainer:
         held_out: samples for the held-out loss of the averaged weights.
         on_sample: called as `on_sample(averaged model, step, folder)` by the main process every `sample_every` steps.
         description: facts that identify the training (recipe, data hash), in json types; others are refused on resume.
+        losses: alignment terms added to the objective; the averaged model and the held-out loss know nothing of them.
 
     Raises:
         UserError: the batch cannot be dealt out, the model cannot checkpoint gradients, the folder cannot be written.
@@ -96,16 +98,22 @@ class Trainer:
         held_out: SampleSource | None = None,
         on_sample: Callable[[nn.Module, int, Path], None] | None = None,
         description: Mapping[str, Any] | None = None,
+        losses: Sequence[Alignment] = (),
     ):
         self.config, self.objective, self.out, self.on_sample = config, objective, Path(out), on_sample
         self.checkpoints = self.out / "checkpoints"
         self.accelerator = make_accelerator(config, self.out)
         if config.gradient_checkpointing:
             enable_gradient_checkpointing(model)
-        self.identity = identity(model, objective, config, {"samples": len(source), **(description or {})})
+        terms = {"losses": {term.name: dict(term.settings) for term in losses}} if losses else {}
+        self.identity = identity(model, objective, config, {"samples": len(source), **terms, **(description or {})})
+        if losses:
+            model = AlignedModel(model, losses)
+            objective = AlignedObjective(objective, model)
         self.model = self.accelerator.prepare_model(model)
         bare = self.accelerator.unwrap_model(self.model)
-        self.state = RunState(bare, EMA(bare, config.ema) if config.ema else None, Optimizers(bare, config))
+        ema = EMA(denoiser_of(bare), config.ema) if config.ema else None
+        self.state = RunState(bare, ema, Optimizers(bare, config))
         if config.compile:
             bare.compile()
         self.train_step = TrainStep(self.accelerator, self.model, objective, source, config)

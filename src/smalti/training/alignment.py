@@ -1,0 +1,130 @@
+"""Alignment losses: terms on hidden states of a denoiser, added to its objective while it trains and gone afterwards.
+
+    loss = objective + sum_i weight_i * alignment_i(tokens after tapped blocks, teacher features, ...)
+
+`AlignedModel` runs the denoiser with taps on its blocks and computes all terms in the same forward, so that projectors
+train with it in one process or several; the denoiser itself stays what it was, and averaged and exported weights hold
+nothing else. Teacher features come with the batch (`cond.extra`), cached once a sample, or from a live teacher.
+
+Source: the form of REPA (arXiv 2410.06940, equation 8), which HASTE, SRA and VA-VAE share.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from smalti.core.protocols import Batch, Cond, Denoiser, Generators, LossResult, Objective, TrainState
+from smalti.seams.taps import Taken, Taps
+
+
+@dataclass(frozen=True)
+class AlignmentCall:
+    """What a term is computed from.
+
+    Args:
+        taken: image tokens after the tapped blocks, with gradient, and their grid.
+        x: the noisy sample (B, ...).
+        t: its times.
+        cond: conditioning, with teacher features or pixels in `extra`.
+        state: step, averaged model.
+    """
+
+    taken: Taken
+    x: Tensor
+    t: Tensor
+    cond: Cond
+    state: TrainState
+
+
+class Alignment(nn.Module, ABC):
+    """One term. Its parameters (projectors) are trained with the denoiser and left out of every export."""
+
+    name: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def depths(self) -> tuple[int, ...]:
+        """Blocks whose image tokens it reads, counted from 1."""
+
+    @property
+    @abstractmethod
+    def settings(self) -> Mapping[str, Any]:
+        """What identifies it, in json types."""
+
+    @abstractmethod
+    def forward(self, call: AlignmentCall) -> LossResult | None:
+        """The weighted term and plain figures; None where it is switched off."""
+
+
+class AlignedModel(nn.Module):
+    """A denoiser with alignment terms: called as the denoiser, and returns what it returns.
+
+    Args:
+        denoiser: any transformer that `seams.anatomy` reads.
+        terms: computed at every call in training mode; the results lie in `results`.
+    """
+
+    def __init__(self, denoiser: nn.Module, terms: Sequence[Alignment]):
+        super().__init__()
+        self.denoiser = denoiser
+        self.terms = nn.ModuleList(terms)
+        self.state = TrainState()
+        self.results: dict[str, LossResult] = {}
+        self._taps: Taps | None = None
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        if not self.training:
+            return self.denoiser(x, t, cond)
+        if self._taps is None:  # not before: a copy of the denoiser that is made until then has no hooks
+            depths = [depth for term in self.terms for depth in term.depths]  # type: ignore[union-attr]
+            self._taps = Taps(self.denoiser, depths)
+        velocity = self.denoiser(x, t, cond)
+        call = AlignmentCall(self._taps.taken, x, t, cond, self.state)
+        found = {term.name: term(call) for term in self.terms}
+        self.results = {name: result for name, result in found.items() if result is not None}  # type: ignore[misc]
+        return velocity
+
+
+@dataclass(frozen=True)
+class AlignedObjective:
+    """An objective with the terms of an `AlignedModel` added."""
+
+    objective: Objective
+    model: AlignedModel
+
+    def loss(self, denoiser: Denoiser, batch: Batch, state: TrainState, generator: Generators) -> LossResult:
+        """The objective's loss plus all terms, which are logged one by one."""
+        self.model.state = state
+        result = self.objective.loss(denoiser, batch, state, generator)
+        loss, metrics = result.loss, {**result.metrics, "objective": result.loss.detach()}
+        for term in self.model.results.values():
+            loss = loss + term.loss
+            metrics |= term.metrics
+        self.model.results = {}
+        return LossResult(loss, metrics)
+
+
+def denoiser_of(model: nn.Module) -> nn.Module:
+    """The denoiser itself, of an aligned model or a plain one."""
+    return model.denoiser if isinstance(model, AlignedModel) else model
+
+
+def teacher_features(call: AlignmentCall, name: str, teacher: nn.Module | None) -> Tensor:
+    """Features (B, T, Dz) that came with the batch, or of a live teacher on the batch's pixels.
+
+    Raises:
+        ValueError: the batch holds neither.
+    """
+    if name in call.cond.extra:
+        return call.cond.extra[name]
+    if teacher is None or "pixels" not in call.cond.extra:
+        raise ValueError(
+            f"the batch holds no {name!r}, and {'no teacher' if teacher is None else 'no pixels for the live teacher'} "
+            "is there; give the source cached features of this name, or a teacher and `pixels`"
+        )
+    with torch.no_grad():
+        return teacher(call.cond.extra["pixels"])
