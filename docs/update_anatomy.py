@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import torch
-from torch import nn
 
 from smalti.core.errors import Refusal
-from smalti.seams.anatomy import read_anatomy
-from smalti.seams.apply import apply
-from smalti.seams.find import load_method
+from smalti.core.protocols import TokenLayout
+from smalti.seams.anatomy import Anatomy, read_anatomy
+from smalti.seams.attach import attached
+from smalti.seams.layout import read_layouts
 
 ROOT = Path(__file__).parents[1]
 HEAD = """# What is read from a model
@@ -21,7 +20,12 @@ HEAD = """# What is read from a model
 Written by `make docs`: a tiny random model of each class is built, its modules are read and one call is watched.
 Nothing in `seams/` knows these names.
 
-| class | stacks of blocks | sublayers of a block | tokens of the last self-attention |
+{counts}
+
+Tokens are told by what moves them: `image` tokens move with the noisy sample (in a model of sound they are sound),
+`text` tokens with the text alone, `register` tokens with neither (references, a second sample beside the first).
+
+| class | stacks of blocks | sublayers of a block | tokens of the attention that sees most |
 |---|---|---|---|
 """
 
@@ -33,46 +37,55 @@ def classes() -> list[str]:
 
 
 def page() -> str:
-    """The table: stacks of blocks, sublayers of a block, token order of the last self-attention."""
+    """The table: stacks of blocks, sublayers of a block, token order of the widest attention."""
     sys.path.append(str(ROOT / "tests" / "families"))
     families: Any = importlib.import_module("family")
     rows: dict[str, str] = {}
+    refused = set()
     for one in families.all_families().values():
         model = families.build(one)
         name = type(model).__name__
         try:
-            arguments = one.inputs(0, 1, families.GRIDS["small"])
-            rows[name] = f"| {name} | {_stacks(model)} | {_sublayers(model)} | {_tokens(model, arguments)} |"
+            anatomy = read_anatomy(model)
         except Refusal as refusal:
+            refused.add(name)
             rows[name] = f"| {name} | refused: {refusal} | | |"
-    missing = [name for name in classes() if name not in rows]
+            continue
+        tokens = _tokens(anatomy, one.inputs(0, 1, families.GRIDS["small"]))
+        rows[name] = f"| {name} | {_stacks(anatomy)} | {_sublayers(anatomy)} | {tokens} |"
+    known = classes()
+    missing = [name for name in known if name not in rows]
     counts = (
-        f"Of the {len(classes())} classes of diffusers {diffusers.__version__}, {len(classes()) - len(missing)} stand "
-        f"above. No tiny model is built yet of the others: {', '.join(missing)}."
+        f"Of the {len(known)} transformer classes of diffusers {diffusers.__version__}, "
+        f"{len(known) - len(missing) - len(refused & set(known))} are read, {len(refused & set(known))} refused"
+        + (f"; not looked at yet: {', '.join(missing)}." if missing else "; the reason stands in the table.")
     )
-    return HEAD + "\n".join([*(rows[name] for name in sorted(rows)), "", counts]) + "\n"
+    return HEAD.format(counts=counts) + "\n".join(rows[name] for name in sorted(rows)) + "\n"
 
 
-def _stacks(model: nn.Module) -> str:
-    return ", ".join(dict.fromkeys(block.site.stack for block in read_anatomy(model).blocks))
+def _stacks(anatomy: Anatomy) -> str:
+    return ", ".join(dict.fromkeys(block.site.stack for block in anatomy.blocks))
 
 
-def _sublayers(model: nn.Module) -> str:
-    found = (f"{one.site.name} ({one.site.kind})" for block in read_anatomy(model).blocks for one in block.sublayers)
+def _sublayers(anatomy: Anatomy) -> str:
+    found = (f"{one.site.name} ({one.site.kind})" for block in anatomy.blocks for one in block.sublayers)
     return ", ".join(dict.fromkeys(found))
 
 
-@torch.no_grad()
-def _tokens(model: nn.Module, arguments: dict[str, Any]) -> str:
-    """Segments of the last attention of a sequence to itself."""
-    try:
-        with apply(model, load_method("grat").neutral()) as handle:
-            model(**arguments)
-            (layouts,) = handle.layouts()
-    except Refusal:
-        return "none on a grid of its own"
-    own = [queries for key, queries in layouts.queries.items() if queries == layouts.keys[key]]
-    return ", ".join(f"{one.length} {one.kind}" + (f" {one.grid}" if one.grid else "") for one in own[-1].segments)
+def _tokens(anatomy: Anatomy, arguments: dict[str, Any]) -> str:
+    """Segments of the attention of image tokens that sees most keys."""
+    with attached(anatomy):
+        layouts = read_layouts(anatomy, anatomy.model.forward, arguments)
+    pairs = [(queries, layouts.keys[key]) for key, queries in layouts.queries.items()]
+    pairs = [(queries, keys) for queries, keys in pairs if any(one.kind == "image" for one in queries.segments)]
+    if not pairs:
+        return "none: it is linear, or calls another function than `scaled_dot_product_attention`"
+    queries, keys = max(pairs, key=lambda pair: len(pair[1]))
+    return _segments(queries) + ("" if keys == queries else f", to keys {_segments(keys)}")
+
+
+def _segments(layout: TokenLayout) -> str:
+    return ", ".join(f"{one.length} {one.kind}" + (f" {one.grid}" if one.grid else "") for one in layout.segments)
 
 
 if __name__ == "__main__":

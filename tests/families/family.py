@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 HERE = Path(__file__).parent
 TEXT, GRIDS = 5, {"small": (4, 6), "large": (6, 8)}
@@ -25,23 +26,44 @@ class Family:
         sample: name of the argument that holds the noisy sample.
         time: name of the argument that holds the time.
         scale: of the time: 1000 for most.
+        beside: further arguments that are denoised with the sample (sound beside a picture), in the order of outputs.
+        clocks: further arguments that hold the time.
+        uses_time: False if the model takes the time and does nothing with it.
+        is_kin: a near relative of another family: it is read and run by TaylorSeer, but takes no part in the contract
+            of all methods, which would tell nothing new.
+        refused: words of the reason with which the model is refused; such a family has no inputs.
     """
 
     build: Callable[[], nn.Module]
-    inputs: Callable[[int, int, tuple[int, int]], dict[str, Any]]
+    inputs: Callable[[int, int, tuple[int, int]], dict[str, Any]] | None = None
     sample: str = "hidden_states"
     time: str = "timestep"
     scale: float = 1000.0
+    beside: tuple[str, ...] = ()
+    clocks: tuple[str, ...] = ()
+    uses_time: bool = True
+    is_kin: bool = False
+    refused: str = ""
 
 
 def all_families() -> dict[str, Family]:
-    """Every family of this folder by name."""
+    """Every family of this folder by name; also those that are refused."""
     if str(HERE) not in sys.path:
         sys.path.append(str(HERE))
     found: dict[str, Family] = {}
     for path in sorted(HERE.glob("family_*.py")):
         found |= importlib.import_module(path.stem).FAMILIES
     return found
+
+
+def readable_families() -> dict[str, Family]:
+    """Every family that is read."""
+    return {name: one for name, one in all_families().items() if not one.refused}
+
+
+def contract_families() -> dict[str, Family]:
+    """The families on which every method must hold its contract."""
+    return {name: one for name, one in readable_families().items() if not one.is_kin}
 
 
 def build(family: Family) -> nn.Module:
@@ -60,37 +82,47 @@ def draw(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def prediction(output: Any) -> Tensor:
-    """The first tensor of whatever a model returns."""
-    while not isinstance(output, Tensor):
-        output = output[0]
-    return output
+def tensors(output: Any) -> list[Tensor]:
+    """All tensors of whatever a model returns, in its order."""
+    return [one for one in tree_leaves(output) if isinstance(one, Tensor)]
 
 
-def call(model: nn.Module, family: Family, arguments: dict[str, Any], x: Any, t: float) -> Tensor:
-    """The model at time t in [0, 1]."""
-    like = arguments[family.time]
-    time: Any = torch.full_like(like, t * family.scale) if isinstance(like, Tensor) else type(like)(t * family.scale)
-    return prediction(model(**{**arguments, family.sample: x, family.time: time}))
+def call(model: nn.Module, family: Family, arguments: dict[str, Any], t: float) -> list[Tensor]:
+    """All predictions of a model at time t in [0, 1]."""
+    times = {name: _at(arguments[name], t * family.scale) for name in (family.time, *family.clocks)}
+    return tensors(model(**{**arguments, **times}))
 
 
 @torch.no_grad()
 def euler(
     model: nn.Module, family: Family, steps: int = 6, seed: int = 0, batch: int = 1, size: str = "small"
 ) -> Tensor:
-    """The sample after an Euler loop from t = 1 to 0; outputs with more channels than the sample are cut."""
+    """The sample after an Euler loop from t = 1 to 0; of longer outputs the first channels or the last tokens count."""
     arguments = family.inputs(seed, batch, GRIDS[size])
-    x = arguments[family.sample]
+    moving = (family.sample, *family.beside)
     for t, s in pairwise(torch.linspace(0.95, 0.05, steps + 1).tolist()):
-        velocity = call(model, family, arguments, x, t)
-        if isinstance(x, Tensor):
-            x = x + (s - t) * _fit(velocity, x)
-        else:
-            x = type(x)(one + (s - t) * _fit(velocity.reshape(-1, *one.shape)[0], one) for one in x)
+        velocities = iter(call(model, family, arguments, t))
+        for name in moving:
+            x = arguments[name]
+            if isinstance(x, Tensor):
+                arguments[name] = x + (s - t) * _fit(next(velocities), x)
+            else:
+                arguments[name] = type(x)(one + (s - t) * _fit(next(velocities), one) for one in x)
+    x = arguments[family.sample]
     return x if isinstance(x, Tensor) else torch.stack(list(x))
 
 
+def _at(like: Any, time: float) -> Any:
+    return torch.full_like(like, time) if isinstance(like, Tensor) else type(like)(time)
+
+
 def _fit(velocity: Tensor, x: Tensor) -> Tensor:
+    velocity = velocity.reshape(x.shape) if velocity.numel() == x.numel() else velocity
     for axis, length in enumerate(x.shape):
-        velocity = velocity.narrow(axis, 0, length) if velocity.shape[axis] > length else velocity
+        missing = length - velocity.shape[axis]
+        if missing > 0:  # what stands in further channels of the sample is no noise
+            padding = [*velocity.shape[:axis], missing, *velocity.shape[axis + 1 :]]
+            velocity = torch.cat([velocity, velocity.new_zeros(padding)], axis)
+        start = velocity.shape[axis] - length if (axis, x.ndim) == (1, 3) else 0
+        velocity = velocity.narrow(axis, start, length)
     return velocity

@@ -58,5 +58,6 @@ FAMILIES = {
         ),
         chroma_inputs,
         scale=1,
+        is_kin=True,
     ),
 }  # fmt: skip

@@ -41,17 +41,22 @@ def prx(seed, batch, grid):
 
 
 FAMILIES = {
-    "bria": Family(lambda: BriaTransformer2DModel(**SHARED, axes_dims_rope=[4, 4, 8]), without_pooled),
+    "bria": Family(lambda: BriaTransformer2DModel(**SHARED, axes_dims_rope=[4, 4, 8]), without_pooled, is_kin=True),
     "bria-fibo": Family(
-        lambda: BriaFiboTransformer2DModel(**SHARED, axes_dims_rope=[4, 4, 8], text_encoder_dim=16), bria_fibo
+        lambda: BriaFiboTransformer2DModel(**SHARED, axes_dims_rope=[4, 4, 8], text_encoder_dim=16), bria_fibo,
+        is_kin=True,
     ),
     "longcat-image": Family(
         lambda: LongCatImageTransformer2DModel(**SHARED, pooled_projection_dim=8, axes_dims_rope=[4, 4, 8]),
         without_pooled,
         scale=1,
+        is_kin=True,
     ),
     "ovis-image": Family(
-        lambda: OvisImageTransformer2DModel(**SHARED, out_channels=4, axes_dims_rope=(4, 4, 8)), without_pooled, scale=1
+        lambda: OvisImageTransformer2DModel(**SHARED, out_channels=4, axes_dims_rope=(4, 4, 8)),
+        without_pooled,
+        scale=1,
+        is_kin=True,
     ),
     "hunyuan-image": Family(
         lambda: HunyuanImageTransformer2DModel(
@@ -59,6 +64,7 @@ FAMILIES = {
             num_single_layers=2, num_refiner_layers=1, patch_size=(1, 1), text_embed_dim=16, rope_axes_dim=(4, 4),
         ),
         lambda seed, batch, grid: masked(seed, batch, grid, 1),
+        is_kin=True,
     ),
     "prx": Family(
         lambda: PRXTransformer2DModel(

@@ -66,6 +66,7 @@ FAMILIES = {
         ),
         lumina_next,
         scale=1,
+        is_kin=True,
     ),
     "stable-audio": Family(
         lambda: StableAudioDiTModel(
@@ -82,6 +83,7 @@ FAMILIES = {
             additional_embeddings=4,
         ),
         prior,
+        is_kin=True,
     ),
     "transformer-2d": Family(
         lambda: Transformer2DModel(
@@ -92,6 +94,7 @@ FAMILIES = {
         lambda seed, batch, grid: {
             **plain(seed, batch, grid), "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
         },
+        is_kin=True,
     ),
     "joyimage": Family(
         lambda: JoyImageEditTransformer3DModel(
@@ -99,6 +102,7 @@ FAMILIES = {
             rope_dim_list=[4, 6, 6],
         ),
         joyimage,
+        is_kin=True,
     ),
     "hidream": Family(
         lambda: HiDreamImageTransformer2DModel(
@@ -109,5 +113,6 @@ FAMILIES = {
         ),
         hidream,
         time="timesteps",
+        is_kin=True,
     ),
 }  # fmt: skip

@@ -146,6 +146,7 @@ FAMILIES = {
             text_embed_dim=16, time_embed_dim=8, condition_dim=2, pos_embed_max_size=16, sample_size=16,
         ),
         cogview,
+        is_kin=True,
     ),
     "cogview4": Family(
         lambda: CogView4Transformer2DModel(
@@ -153,5 +154,6 @@ FAMILIES = {
             text_embed_dim=16, time_embed_dim=8, condition_dim=4, rope_axes_dim=(16, 16),
         ),
         cogview,
+        is_kin=True,
     ),
 }  # fmt: skip

@@ -116,6 +116,7 @@ FAMILIES = {
             in_channels=4, text_embed_dim=16, time_embed_dim=4, max_sequence_length=TEXT,
         ),
         mochi,
+        is_kin=True,
     ),
     "allegro": Family(
         lambda: AllegroTransformer3DModel(
@@ -123,5 +124,6 @@ FAMILIES = {
             cross_attention_dim=48, sample_width=12, sample_height=8, sample_frames=FRAMES, caption_channels=16,
         ),
         allegro,
+        is_kin=True,
     ),
 }  # fmt: skip

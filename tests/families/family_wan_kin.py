@@ -12,6 +12,7 @@ from diffusers import (
     SkyReelsV2Transformer3DModel,
     WanVACETransformer3DModel,
 )
+from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15ByT5TextProjection
 from family import TEXT, Family, draw
 from family_video import FRAMES, clips, cogvideo, mask  # fmt: skip
 
@@ -30,6 +31,16 @@ def hunyuan15(seed, batch, grid):
         "encoder_hidden_states_2": draw(batch, 4, 12, seed=seed + 3), "encoder_attention_mask_2": torch.ones(batch, 4),
         "image_embeds": draw(batch, 3, 8, seed=seed + 4),
     }  # fmt: skip
+
+
+def build_hunyuan15():
+    model = HunyuanVideo15Transformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2,
+        num_refiner_layers=1, patch_size=1, patch_size_t=1, text_embed_dim=16, text_embed_2_dim=12,
+        image_embed_dim=8, rope_axes_dim=(4, 6, 6), target_size=16,
+    )  # fmt: skip
+    model.context_embedder_2 = HunyuanVideo15ByT5TextProjection(12, 16, 32)  # 2,048 wide whatever one asks for
+    return model
 
 
 def framepack(seed, batch, grid):
@@ -53,17 +64,12 @@ def sana_video(seed, batch, grid):
 
 
 FAMILIES = {
-    "skyreels-v2": Family(lambda: SkyReelsV2Transformer3DModel(**WAN), clips),
-    "chronoedit": Family(lambda: ChronoEditTransformer3DModel(**WAN), clips),
-    "wan-vace": Family(lambda: WanVACETransformer3DModel(**WAN, vace_layers=[0, 1], vace_in_channels=8), vace),
-    "hunyuan-video-15": Family(
-        lambda: HunyuanVideo15Transformer3DModel(
-            in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2,
-            num_refiner_layers=1, patch_size=1, patch_size_t=1, text_embed_dim=16, text_embed_2_dim=12,
-            image_embed_dim=8, rope_axes_dim=(4, 6, 6), target_size=16,
-        ),
-        hunyuan15,
+    "skyreels-v2": Family(lambda: SkyReelsV2Transformer3DModel(**WAN), clips, is_kin=True),
+    "chronoedit": Family(lambda: ChronoEditTransformer3DModel(**WAN), clips, is_kin=True),
+    "wan-vace": Family(
+        lambda: WanVACETransformer3DModel(**WAN, vace_layers=[0, 1], vace_in_channels=8), vace, is_kin=True
     ),
+    "hunyuan-video-15": Family(build_hunyuan15, hunyuan15, is_kin=True),
     "hunyuan-video-framepack": Family(
         lambda: HunyuanVideoFramepackTransformer3DModel(
             in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=10, num_layers=2,
@@ -72,6 +78,7 @@ FAMILIES = {
             has_clean_x_embedder=True,
         ),
         framepack,
+        is_kin=True,
     ),
     "cosmos": Family(
         lambda: CosmosTransformer3DModel(
@@ -81,6 +88,7 @@ FAMILIES = {
         ),
         cosmos,
         scale=1,
+        is_kin=True,
     ),
     "easyanimate": Family(
         lambda: EasyAnimateTransformer3DModel(
@@ -88,6 +96,7 @@ FAMILIES = {
             time_embed_dim=8, text_embed_dim=16, num_layers=2, mmdit_layers=2, sample_width=12, sample_height=8,
         ),
         clips,
+        is_kin=True,
     ),
     "sana-video": Family(
         lambda: SanaVideoTransformer3DModel(
@@ -95,6 +104,7 @@ FAMILIES = {
             num_cross_attention_heads=2, cross_attention_head_dim=12, cross_attention_dim=24, caption_channels=16,
         ),
         sana_video,
+        is_kin=True,
     ),
     "consisid": Family(
         lambda: ConsisIDTransformer3DModel(
@@ -103,5 +113,6 @@ FAMILIES = {
             temporal_compression_ratio=4, max_text_seq_length=TEXT, use_rotary_positional_embeddings=True,
         ),
         cogvideo,
+        is_kin=True,
     ),
 }  # fmt: skip

@@ -1,28 +1,24 @@
-import pytest
 import torch
-from small_models import MeanValues, SkipBlock, ours
+from small_models import ours
 
 import smalti
 from smalti.acceleration.taylorseer import TaylorSeer
 
 
-@pytest.mark.parametrize("fullgraph", [False, True])
-def test_methods_act_on_compiled_blocks_and_leave_them_compiled(fullgraph):
-    small = ours()
-    methods = (TaylorSeer(interval=3, warmup=2), MeanValues(), SkipBlock())
+def test_methods_act_on_compiled_blocks_and_leave_them_compiled():
+    """With the real compiler; tracing alone is tested with other methods and models in test_ways_to_run.py."""
+    small, method = ours(), TaylorSeer(interval=3, warmup=2)
     plain = small.loop()
-    expected = []
-    for method in methods:
-        with smalti.apply(small.model, method):
-            expected.append(small.loop())
+    with smalti.apply(small.model, method):
+        expected = small.loop()
     for block in (*small.model.double_blocks, *small.model.single_blocks):
-        block.compile(fullgraph=fullgraph)
+        block.compile(fullgraph=True)
     small.loop()  # the first calls compile
     compiled, calls = small.loop(), [block._compiled_call_impl for block in small.model.single_blocks]
     assert torch.allclose(compiled, plain, atol=1e-5)
-    for method, eager in zip(methods, expected, strict=True):
-        with smalti.apply(small.model, method) as handle:
-            assert torch.allclose(small.loop(), eager, atol=1e-5)
-        assert sum(handle.report().methods[0].events.values()) > 0
+    with smalti.apply(small.model, method) as handle:
+        assert torch.allclose(small.loop(), expected, atol=1e-5)
+    assert sum(handle.report().methods[0].events.values()) > 0
     assert [block._compiled_call_impl for block in small.model.single_blocks] == calls
-    assert torch.equal(small.loop(), compiled)
+    # Once more compiled, a block may get other kernels; without a compiler nothing is left behind to the last bit.
+    assert torch.allclose(small.loop(), compiled, atol=1e-6)

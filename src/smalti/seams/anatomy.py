@@ -2,15 +2,18 @@
 
 No model is known by name. A stack is a list of modules, a direct child of the model, in which every element holds
 attention. Inside a block, attention is recognised by its projections or its class name, a feed-forward layer as a
-module of two or more linear or convolution layers, and a fused sublayer by attention without an output projection whose
-output runs into a linear layer of the block itself (FLUX.1's single blocks). Refiners of the text that sit inside an
-embedder are no blocks.
+module of two or more linear or convolution layers, or as linear layers of the block itself of which the last leads back
+to the width of the others' input (PRX), and a fused sublayer by attention without an output projection whose output
+runs into a linear layer of the block itself (FLUX.1's single blocks). Refiners of the text that sit inside an embedder
+are no blocks.
 """
 
 import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
 
 from torch import nn
 
@@ -18,9 +21,11 @@ from smalti.core.errors import Refusal
 from smalti.core.method import Reading, Site
 
 TIME_NAMES = ("timestep", "timesteps", "t")
+TIME_ENDINGS = ("_timestep", "_timesteps", "_time")
 PROJECTIONS = ("to_q", "to_qkv", "to_qkv_mlp_proj", "qkv", "q_proj", "q_linear", "wq")
 OUT_PROJECTIONS = ("to_out", "out_proj", "o_proj", "proj", "proj_out", "to_out_linear", "wo")
 NOT_FFN = re.compile("Norm|Embed|Modul|AdaLN|AdaLayer|Dropout", re.IGNORECASE)
+"""In the class or the name of what only conditions a block."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +35,14 @@ class Sublayer:
     Args:
         site: its name in the model.
         module: whose output it is.
-        feeders: what computes nothing but the input of a fused sublayer; it need not run if that is skipped.
+        feeders: what computes nothing but the input of this sublayer; it need not run if that is skipped.
+        is_alone: whether nothing else in the block can stand between feeders and sublayer.
     """
 
     site: Site
     module: nn.Module
     feeders: tuple["Sublayer", ...] = ()
+    is_alone: bool = True
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,7 @@ class Block:
         site: its name in the model.
         module: the block.
         sublayers: in the order in which they stand.
-        attentions: all attention modules, those that feed a fused sublayer too.
+        attentions: all attention modules, those that feed another sublayer too.
     """
 
     site: Site
@@ -90,10 +97,11 @@ def read_anatomy(model: nn.Module) -> Anatomy:
     """
     name = type(model).__name__
     parameters = list(inspect.signature(model.forward).parameters)
-    time = next((one for one in TIME_NAMES if one in parameters), None)
+    time = time_argument(model)
     if time is None:
         raise Refusal(
-            f"{name} is no denoiser that smalti can read: its forward takes no {', '.join(TIME_NAMES)}, "
+            f"{name} is no denoiser that smalti can read: its forward takes no argument that holds the time "
+            f"({', '.join(TIME_NAMES)}, or a name that ends in {', '.join(TIME_ENDINGS)}), "
             f"but {', '.join(parameters[:6])}"
         )
     blocks: list[Block] = []
@@ -102,8 +110,22 @@ def read_anatomy(model: nn.Module) -> Anatomy:
             blocks.append(_read_block(name, path, index, len(blocks), module))
     if not blocks:
         raise Refusal(f"{name} has no list of blocks with attention among its children")
-    sample = next(one for one in parameters if one != time)
+    others = [one for one in parameters if one != time]
+    # Of `vision_tokens` and `vision_timesteps` each tells the other; a plain `timestep` follows the first argument.
+    sample = others[0] if time in TIME_NAMES else max(others, key=lambda one: _alike(one, time))
     return Anatomy(model, tuple(blocks), sample, time)
+
+
+def _alike(one: str, other: str) -> int:
+    """How many letters two names begin with in common."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+
+
+def time_argument(model: nn.Module) -> str | None:
+    """Name of the argument of a model's forward that holds the time; None if it takes none."""
+    parameters = list(inspect.signature(model.forward).parameters)
+    exact = [one for one in TIME_NAMES if one in parameters]
+    return next(iter([*exact, *(one for one in parameters if one.endswith(TIME_ENDINGS))]), None)
 
 
 def find_stacks(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
@@ -150,15 +172,17 @@ def _read_block(model: str, stack: str, index: int, depth: int, module: nn.Modul
     attentions = tuple(one for one in sublayers if one.site.kind == "attention")
     closing = _closing_projection(module)
     if closing is not None:
+        name, projection = closing
+        before = [(path, one) for path, one in module.named_children() if _feeds(one) and one is not projection]
         open_ended = [one for one in attentions if not _has_output(one.module)]
         if open_ended:
-            name, projection = closing
-            feeders = list(open_ended)
-            for path, child in module.named_children():
-                if _feeds(child) and child is not projection:
-                    feeders.append(Sublayer(site(path, "ffn"), child))
+            feeders = [*open_ended, *(Sublayer(site(path, "ffn"), one) for path, one in before)]
             sublayers = [one for one in sublayers if one not in open_ended]
-            sublayers.append(Sublayer(site(name, "fused"), projection, tuple(feeders)))
+            sublayers.append(Sublayer(site(name, "fused"), projection, tuple(feeders), is_alone=not sublayers))
+        elif any(_widens(one, projection) for _, one in before):
+            kept = [(path, one) for path, one in before if not is_linear(one) or _widens(one, projection)]
+            feeders = [Sublayer(site(path, "ffn"), one) for path, one in kept]
+            sublayers.append(Sublayer(site(name, "ffn"), projection, tuple(feeders)))
     if not sublayers:
         raise Refusal(f"{model}.{stack}.{index} ({type(module).__name__}) has no attention or feed-forward of its own")
     return Block(site("", "block"), module, tuple(sublayers), attentions)
@@ -172,8 +196,15 @@ def _sublayers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, str, 
             yield path, "attention", child
         elif isinstance(child, (nn.ModuleList, nn.ModuleDict)) or any(is_attention(one) for one in child.modules()):
             yield from _sublayers(child, f"{path}.")
-        elif _is_callable(child) and not NOT_FFN.search(type(child).__name__) and _count_products(child) >= 2:
+        elif is_linear(child) or not _is_callable(child) or _conditions(name, child):
+            continue  # a linear layer with an adapter holds several products and is none the less one layer
+        elif _count_products(child) >= 2:
             yield path, "ffn", child
+
+
+def _conditions(name: str, module: nn.Module) -> bool:
+    """Whether a module norms, modulates or embeds: by its class, or by its name if it is a plain sequence."""
+    return NOT_FFN.search(name if isinstance(module, nn.Sequential) else type(module).__name__) is not None
 
 
 def _count_products(module: nn.Module) -> int:
@@ -189,6 +220,13 @@ def _closing_projection(block: nn.Module) -> tuple[str, nn.Module] | None:
 
 def _has_output(attention: nn.Module) -> bool:
     return any(isinstance(getattr(attention, one, None), nn.Module) for one in OUT_PROJECTIONS)
+
+
+def _widens(linear: Any, closing: Any) -> bool:
+    """Whether a linear layer leads from the width of a block to what the closing one takes, alone or with its gate."""
+    if not is_linear(linear) or not linear.in_features == closing.out_features < closing.in_features:
+        return False
+    return linear.out_features in (closing.in_features, 2 * closing.in_features)
 
 
 def _feeds(child: nn.Module) -> bool:

@@ -1,6 +1,5 @@
 """`smalti.apply`: methods on a pipeline or a model, in one reversible line."""
 
-import inspect
 from itertools import combinations
 from typing import Any
 
@@ -9,8 +8,9 @@ from torch import nn
 
 from smalti.core.errors import Refusal, UserError
 from smalti.core.method import Method
-from smalti.seams.anatomy import TIME_NAMES, find_stacks, read_anatomy
+from smalti.seams.anatomy import find_stacks, read_anatomy, time_argument
 from smalti.seams.handle import Handle, sites_of
+from smalti.seams.wrapping import is_compiled
 
 
 def apply(target: Any, *methods: Method) -> Handle:
@@ -53,20 +53,30 @@ def denoisers(target: Any) -> list[nn.Module]:
     """The transformers that denoise in a pipeline (Wan 2.2 has two), or the model itself.
 
     Raises:
-        Refusal: there is none.
+        Refusal: there is none, or it is compiled as a whole.
         UserError: the target is neither.
     """
     if isinstance(target, DiffusionPipeline):
         found = [one for one in target.components.values() if isinstance(one, nn.Module) and _is_denoiser(one)]
         if not found:
             raise Refusal(f"{type(target).__name__} has no transformer that takes a time; methods act on transformers")
-        return [getattr(one, "_orig_mod", one) for one in found]
+        return [_whole(one) for one in found]
     if not isinstance(target, nn.Module):
         raise UserError(f"got {type(target).__name__}; give a diffusers pipeline or a transformer (nn.Module)")
-    return [getattr(target, "_orig_mod", target)]
+    return [_whole(target)]
+
+
+def _whole(model: nn.Module) -> nn.Module:
+    """The model itself; one that is compiled in one piece is refused, because methods would leave nothing of that."""
+    if hasattr(model, "_orig_mod") or is_compiled(model):
+        name = type(getattr(model, "_orig_mod", model)).__name__
+        raise Refusal(
+            f"{name} is compiled as a whole, and methods decide between its blocks what to compute; compile the blocks "
+            "alone: compile_repeated_blocks(), or block.compile() for each"
+        )
+    return model
 
 
 def _is_denoiser(module: nn.Module) -> bool:
     module = getattr(module, "_orig_mod", module)
-    parameters = inspect.signature(module.forward).parameters
-    return any(name in parameters for name in TIME_NAMES) and any(True for _ in find_stacks(module))
+    return time_argument(module) is not None and any(True for _ in find_stacks(module))

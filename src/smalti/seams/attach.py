@@ -1,12 +1,13 @@
 """Puts the frame's questions into a model: its forward, its blocks, their sublayers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 from smalti.seams.anatomy import Anatomy, Sublayer
-from smalti.seams.frame import CURRENT, Forward, Frame
+from smalti.seams.frame import CURRENT, Forward, Frame, switch_attention
 from smalti.seams.wrapping import is_compiled, wrap, wrap_block
 
 Undo = Callable[[], None]
@@ -31,10 +32,23 @@ def attach(anatomy: Anatomy) -> list[Undo]:
     return undo
 
 
+@contextmanager
+def attached(anatomy: Anatomy) -> Iterator[None]:
+    """Wraps a model and switches attention for as long as it is looked at, without any method."""
+    undo = attach(anatomy)
+    switch_attention(True)
+    try:
+        yield
+    finally:
+        switch_attention(False)
+        while undo:
+            undo.pop()()
+
+
 def check_attached(anatomy: Anatomy) -> str | None:
     """The first site whose module was replaced since, for instance by an adapter that was loaded; None if all stand."""
     for block in anatomy.blocks:
-        for one in block.sublayers:
+        for one in (part for sublayer in block.sublayers for part in (sublayer, *sublayer.feeders)):
             if block.module.get_submodule(one.site.name) is not one.module:
                 return str(one.site)
     return None

@@ -28,7 +28,8 @@ from smalti.core.method import (
 from smalti.core.protocols import TokenLayout
 from smalti.seams.anatomy import Block, Sublayer
 from smalti.seams.frame import Attention, Forward, Frame, entered, inside
-from smalti.seams.layout import BlockStreams, Layouts
+from smalti.seams.layout import Layouts, core_name
+from smalti.seams.wrapping import is_outermost
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ class MethodFrame(Frame):
         self.cores = [one for one in acting if isinstance(one.method, CoreMethod)]
         self.tally = Tally()
         self.occurrences: Counter[Site] = Counter()
+        self.core_calls: Counter[Site] = Counter()
         self.decisions: dict[Site, Decision | None] = {}
 
     def run(self, forward: Forward, args: tuple, kwargs: dict) -> Any:
@@ -116,24 +118,30 @@ class MethodFrame(Frame):
             return forward(*args, **kwargs)
         assert self.layouts is not None
         known = self.layouts.streams[block.site.stack]
-        kinds = list(known.inputs.values())
-        if not kinds or len(set(kinds)) < len(kinds):
-            raise Refusal(
-                f"the token streams of {block.site} in {type(self.model).__name__} cannot be told apart: {kinds}"
-            )
+        if known.fault:
+            raise Refusal(f"the token streams of {block.site} in {type(self.model).__name__} {known.fault}")
         site = self._occurrence(block.site)
         arguments: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
+        others: list[Any] = [None] * len(known.outputs)  # what a block gives besides its streams
 
         def plain(streams: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
             given = {**arguments, **{name: streams[kind] for name, kind in known.inputs.items()}}
             positional = [given[index] for index in range(len(args))]
-            return _read_streams(known, forward(*positional, **{name: given[name] for name in kwargs}))
+            output = forward(*positional, **{name: given[name] for name in kwargs})
+            others[:] = output if isinstance(output, (tuple, list)) else (output,)
+            return {
+                kind: tensor
+                for kind, tensor in zip(known.outputs, others, strict=True)
+                if kind is not None and tensor is not None
+            }
 
         call: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = plain
         for one in reversed(self.blocks):
             call = partial(self._block, one, site, call)
         result = call({kind: arguments[name] for name, kind in known.inputs.items()})
-        outputs = tuple(None if kind is None else result.get(kind) for kind in known.outputs)
+        outputs = tuple(
+            other if kind is None else result.get(kind) for kind, other in zip(known.outputs, others, strict=True)
+        )
         return outputs if known.is_tuple else outputs[0]
 
     def _block(self, one: Acting, site: Site, run: Callable, streams: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -159,7 +167,7 @@ class MethodFrame(Frame):
         return pytree.tree_unflatten(list(outputs), spec)
 
     def at_feeder(self, sublayer: Sublayer, feeder: Sublayer, forward: Forward, args: tuple, kwargs: dict) -> Any:
-        """A feeder of a skipped sublayer gives tensors without memory; what follows from them costs nothing."""
+        """A feeder of a skipped sublayer gives stand-ins; what follows from them costs little or nothing."""
         if not self.sublayers:
             return self._attend(feeder, forward, args, kwargs)
         decision = self.decisions.setdefault(sublayer.site, None) or self._decide(sublayer)
@@ -169,18 +177,21 @@ class MethodFrame(Frame):
             return pytree.tree_unflatten(list(shape.leaves), shape.spec)
         output = self._attend(feeder, forward, args, kwargs)
         leaves, spec = pytree.tree_flatten(output)
-        self.shapes[feeder.module] = Shape(spec, tuple(_without_memory(leaf) for leaf in leaves))
+        is_unseen = sublayer.is_alone and all(is_outermost(one.module) for one in (sublayer, *sublayer.feeders))
+        self.shapes[feeder.module] = Shape(spec, tuple(_stand_in(leaf, is_unseen) for leaf in leaves))
         return output
 
     def at_core(self, sublayer: Sublayer, attention: Attention) -> Tensor:
         q, k, v, attend = attention.q, attention.k, attention.v, attention.attend
         if not self.cores or self.layouts is None:
             return attend(q, k, v, attention.mask)
-        key = (sublayer.site.stack, sublayer.site.name)
+        call = self.core_calls[sublayer.site]
+        self.core_calls[sublayer.site] += 1
+        key = (sublayer.site.stack, core_name(sublayer.site.name, call))
         layout, key_layout = self.layouts.queries.get(key), self.layouts.keys.get(key)
         if layout is None or key_layout is None or (len(layout), len(key_layout)) != (q.shape[-2], k.shape[-2]):
             return attend(q, k, v, attention.mask)  # unlike the first block's: the report lists it as left off
-        site = self._occurrence(sublayer.site)
+        site = replace(sublayer.site, occurrence=call)
         for one in reversed(self.cores):
             attend = partial(self._core, one, site, attention.scale, layout, key_layout, attend)
         return attend(q, k, v, attention.mask)
@@ -242,11 +253,8 @@ class Decision:
     skipper: Acting | None
 
 
-def _read_streams(known: BlockStreams, output: Any) -> dict[str, Tensor]:
-    outputs = output if isinstance(output, (tuple, list)) else (output,)
-    pairs = zip(known.outputs, outputs, strict=True)
-    return {kind: tensor for kind, tensor in pairs if kind is not None and tensor is not None}
-
-
-def _without_memory(leaf: Any) -> Any:
-    return torch.empty_like(leaf, device="meta") if isinstance(leaf, Tensor) else leaf
+def _stand_in(leaf: Any, is_unseen: bool) -> Any:
+    """For a tensor that nobody reads: without memory, or of one number where another sublayer or a hook may see it."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return torch.empty_like(leaf, device="meta") if is_unseen else leaf.new_zeros(()).expand(leaf.shape)

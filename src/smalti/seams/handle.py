@@ -5,13 +5,12 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Self
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor
 
 from smalti.core.errors import NeverEngaged, Refusal
 from smalti.core.method import BlockMethod, CoreMethod, Method, Moment, StepMethod, SublayerMethod
@@ -19,9 +18,9 @@ from smalti.seams.anatomy import Anatomy
 from smalti.seams.attach import Undo, attach, check_attached
 from smalti.seams.engine import Acting, MethodFrame
 from smalti.seams.frame import Forward, switch_attention
-from smalti.seams.layout import Layouts, read_layouts
+from smalti.seams.layout import Layouts, read_layouts, shapes_of
 from smalti.seams.report import MethodReport, Report
-from smalti.seams.run import Run, Runs, condition_of, said, signature_of, time_of
+from smalti.seams.run import Run, Runs, condition_of, planned_steps, said, signature_of, time_of
 from smalti.seams.wrapping import wrap, wrap_call
 
 _carrying: "dict[int, Handle]" = {}
@@ -30,10 +29,12 @@ _lock = threading.RLock()
 
 @dataclass
 class _Attached:
-    """One model: its anatomy, the signature of its forward, and the layouts that were read, by shapes of the inputs."""
+    """One model: its anatomy, the signature of its forward, the arguments that were found to move with a run, and the
+    layouts that were read, by shapes of the inputs."""
 
     anatomy: Anatomy
     signature: inspect.Signature
+    moving: set[str] = field(default_factory=set)
     layouts: dict[Any, Layouts] = field(default_factory=dict)
 
 
@@ -161,7 +162,7 @@ class Handle:
             if refusing:
                 raise Refusal(f"{refusing[0]} takes no gradients; call {name} under torch.no_grad(), or take it off")
         arguments = attached.signature.bind(*args, **kwargs).arguments
-        run, moment = self._place(attached, arguments)
+        run, moment = self._place(index, arguments)
         frame = MethodFrame(
             attached.anatomy.model, self._acting(run, index, moment.branch), moment,
             self._layouts(attached, forward, arguments), run.shapes,
@@ -179,27 +180,27 @@ class Handle:
             self._counts.kept |= kept
         return output
 
-    def _place(self, attached: _Attached, arguments: Mapping[str, Any]) -> tuple[Run, Moment]:
+    def _place(self, index: int, arguments: Mapping[str, Any]) -> tuple[Run, Moment]:
         """The run that a call belongs to, and where in it."""
-        anatomy, here = attached.anatomy, self._runs.here
+        anatomy, moving, here = self._attached[index].anatomy, self._attached[index].moving, self._runs.here
         if arguments.get(anatomy.time) is None:
             raise Refusal(f"{type(anatomy.model).__name__} was called without {anatomy.time}, by which steps are told")
         t = time_of(arguments[anatomy.time])
         condition = condition_of(arguments, anatomy.sample, anatomy.time)
-        signature = signature_of(arguments.get(anatomy.sample))
+        caller, signature = (index, here.branch), signature_of(arguments.get(anatomy.sample))
         run = here.runs.get(here.lane)
-        branch = here.branch or (None if run is None else run.branch_of(condition))
-        if run is None or not run.fits(t, branch, signature):
+        branch = here.branch or (None if run is None else run.branch_of(condition, t, moving))
+        if run is None or not run.fits(t, branch, caller, signature):
             replaced = check_attached(anatomy)
             if replaced is not None:
                 raise Refusal(
                     f"{replaced} was replaced after the methods were applied; apply them after loading adapters"
                 )
-            run = here.runs[here.lane] = Run(here.lane, here.steps)
+            run = here.begin()
             branch = here.branch
             with _lock:
                 self._counts.runs += 1
-        return run, run.advance(t, branch or run.add_branch(condition), signature)
+        return run, run.advance(t, branch or run.add_branch(condition), caller, signature)
 
     def _acting(self, run: Run, index: int, branch: str) -> list[Acting]:
         acting = []
@@ -214,7 +215,7 @@ class Handle:
         """The token layouts at these inputs, read once a shape."""
         if not self._reads_layouts:
             return None
-        key = _shapes({name: value for name, value in arguments.items() if name != attached.anatomy.time})
+        key = shapes_of({name: value for name, value in arguments.items() if name != attached.anatomy.time})
         with _lock:
             if key not in attached.layouts:
                 layouts = read_layouts(attached.anatomy, forward, arguments)
@@ -228,8 +229,8 @@ class Handle:
             if isinstance(method, CoreMethod):
                 if not cores:
                     raise Refusal(
-                        f"no attention of {name} calls scaled_dot_product_attention: it is linear, or another backend "
-                        "is set (set_attention_backend('native') sets it back)"
+                        f"no attention of {name} calls scaled_dot_product_attention: it is linear, written out in "
+                        "products, or another backend is set (set_attention_backend('native') sets it back)"
                     )
                 method.check_cores(name, cores)
 
@@ -239,7 +240,7 @@ class Handle:
         lane = here.lane
         here.runs.pop(lane, None)
         try:
-            with said(here, steps=kwargs.get("num_inference_steps")):
+            with said(here, steps=partial(planned_steps, pipe, kwargs.get("num_inference_steps"))):
                 result = forward(*args, **kwargs)
             run = here.runs.get(lane)
             if run is not None:
@@ -266,19 +267,6 @@ class Handle:
         events = {event: count for (one, event), count in self._counts.events.items() if one == index}
         left_off = tuple(site for site in hooked if site not in reached) if self._counts.calls else ()
         return MethodReport(str(method), events, len(hooked), left_off, self._counts.kept[index])
-
-
-def _shapes(value: Any) -> Any:
-    """What of a call's arguments decides where its tokens stand: shapes of tensors and whole numbers."""
-    if isinstance(value, Tensor):
-        return tuple(value.shape)
-    if isinstance(value, (list, tuple)):
-        return tuple(_shapes(one) for one in value)
-    if isinstance(value, Mapping):
-        return tuple((name, _shapes(one)) for name, one in value.items())
-    if is_dataclass(value) and not isinstance(value, type):
-        return _shapes({one.name: getattr(value, one.name) for one in fields(value)})
-    return value if isinstance(value, (int, str)) else None
 
 
 def sites_of(method: Method, anatomy: Anatomy) -> list[Any]:

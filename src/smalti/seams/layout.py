@@ -1,12 +1,13 @@
 """Which tokens are image and which are text, at every attention and block, read by watching a model run.
 
-Three short passes: the plain inputs, another sample, another text. In each only the first block of a stack runs, and
-attention gives zeros, so nothing mixes tokens: a row that moved with the sample is image, one that moved with the text
-alone is text, one that never moved is a register. No model is known by name, and no order of streams is assumed.
+Three short passes: the plain inputs, another sample, another text. In each only the first block of a stack runs (and
+later ones with attention that it lacks), and attention gives every query itself, so nothing mixes tokens: a row that
+moved with the sample is image, one that moved with the text alone is text, one that never moved is a register. No model
+is known by name, and no order of streams is assumed.
 """
 
-import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from itertools import groupby
@@ -15,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smalti.core.method import Site
 from smalti.core.protocols import Segment, TokenLayout
 from smalti.seams.anatomy import Anatomy, Block, Sublayer
 from smalti.seams.frame import Attention, Forward, Frame, entered, inside
+from smalti.seams.grid import grid_of
 
-TEXT_NAMES = re.compile("encoder_hidden|text|caption|cap_feats|prompt")
+TEXT_NAMES = re.compile("encoder_hidden|encodings|(?<!con)text|caption|cap_feats|prompt|input_ids")
 
 
 @dataclass(frozen=True)
@@ -30,11 +33,13 @@ class BlockStreams:
         inputs: stream by position (int) or name (str) of the argument.
         outputs: stream of each output, None for one that is no stream.
         is_tuple: whether the block returns a tuple.
+        fault: why no method can act on these streams; empty if one can.
     """
 
     inputs: Mapping[int | str, str]
     outputs: tuple[str | None, ...]
     is_tuple: bool
+    fault: str = ""
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,8 @@ class Layouts:
     """What was read for one shape of inputs.
 
     Args:
-        queries: segments of the queries of every attention that was seen in a first block, by stack and name.
+        queries: segments of the queries of every attention that was seen, by stack and name; a second call within the
+            same attention has the name of the attention and "#1" (see `core_name`).
         keys: segments of its keys.
         streams: of the blocks, by stack.
     """
@@ -63,17 +69,22 @@ class _Seen:
 
 
 class _Watch(Frame):
-    """Runs the first block of every stack with attention that gives zeros, and passes its outputs through the rest."""
+    """Runs the first block of every stack with attention that mixes nothing; its outputs go through the rest."""
 
     def __init__(self, model: nn.Module):
         self.model, self.seen = model, _Seen()
+        self.known: dict[str, set[str]] = {}
+        self.calls: Counter[Site] = Counter()
 
     def at_block(self, block: Block, forward: Forward, args: tuple, kwargs: dict) -> Any:
-        stack = block.site.stack
-        if stack not in self.seen.outputs:
+        stack, names = block.site.stack, {one.site.name for one in block.attentions}
+        if stack not in self.known:
             arguments: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
             self.seen.inputs[stack] = {name: one.detach().clone() for name, one in arguments.items() if _is_stream(one)}
             self.seen.outputs[stack] = forward(*args, **kwargs)
+        elif not names <= self.known[stack]:
+            forward(*args, **kwargs)
+        self.known.setdefault(stack, set()).update(names)
         return self.seen.outputs[stack]
 
     def at_sublayer(self, sublayer: Sublayer, forward: Forward, args: tuple, kwargs: dict) -> Any:
@@ -84,10 +95,18 @@ class _Watch(Frame):
         return self.at_sublayer(feeder, forward, args, kwargs)
 
     def at_core(self, sublayer: Sublayer, attention: Attention) -> Tensor:
-        key = (sublayer.site.stack, sublayer.site.name)
+        key = (sublayer.site.stack, core_name(sublayer.site.name, self.calls[sublayer.site]))
+        self.calls[sublayer.site] += 1
         self.seen.queries.setdefault(key, attention.q)
         self.seen.keys.setdefault(key, attention.k)
-        return attention.v.new_zeros((*attention.q.shape[:-1], attention.v.shape[-1]))
+        width = attention.v.shape[-1]
+        is_alike = attention.q.shape[-1] == width
+        return attention.q if is_alike else attention.q.new_zeros((*attention.q.shape[:-1], width))
+
+
+def core_name(name: str, call: int) -> str:
+    """Name of one call of the attention function within the attention of this name; some call it in pieces."""
+    return f"{name}#{call}" if call else name
 
 
 @torch.no_grad()
@@ -122,9 +141,14 @@ def read_layouts(anatomy: Anatomy, forward: Forward, arguments: Mapping[str, Any
         return ["image" if i else "text" if t else "register" for i, t in zip(moved_image, moved_text, strict=True)]
 
     def layout(pick: Callable[[_Seen], Tensor]) -> TokenLayout:
-        runs = [(kind, len(list(rows))) for kind, rows in groupby(kinds(pick))]
-        grids = [grid_of(length, anatomy, arguments) if kind == "image" else None for kind, length in runs]
-        return TokenLayout(tuple(Segment(kind, n, grid) for (kind, n), grid in zip(runs, grids, strict=True)))
+        rows = kinds(pick)
+        segments, start = [], 0
+        for kind, run in groupby(rows):
+            length = len(list(run))
+            grid = grid_of(length, start, len(rows), anatomy, arguments) if kind == "image" else None
+            segments.append(Segment(kind, length, grid))  # type: ignore[arg-type]
+            start += length
+        return TokenLayout(tuple(segments))
 
     return Layouts(
         queries={key: layout(lambda seen, key=key: seen.queries[key]) for key in plain.queries},
@@ -133,74 +157,57 @@ def read_layouts(anatomy: Anatomy, forward: Forward, arguments: Mapping[str, Any
     )
 
 
-def grid_of(length: int, anatomy: Anatomy, arguments: Mapping[str, Any]) -> tuple[int, int, int] | None:
-    """The (frames, height, width) of so many image tokens, from the shape of the sample, position ids or sizes that the
-    call gives; None if none of them has that product."""
-    sample = arguments[anatomy.sample]
-    candidates = [*_grids_of_sample(length, sample, anatomy.model), *_grids_of_arguments(arguments, length)]
-    return next((grid for grid in candidates if math.prod(grid) == length), None)
-
-
-def _grids_of_sample(length: int, sample: Any, model: nn.Module) -> list[tuple[int, int, int]]:
-    if isinstance(sample, (list, tuple)):
-        sample = sample[0] if sample and isinstance(sample[0], Tensor) else None
-        sample = sample if sample is None or sample.ndim != 4 else sample[None]
-    if not isinstance(sample, Tensor) or sample.ndim not in (4, 5):
-        return []
-    height, width = sample.shape[-2:]
-    if sample.ndim == 4:
-        frames = [1]
-    else:
-        channels = getattr(getattr(model, "config", None), "in_channels", None)
-        is_frames_first = sample.shape[1] != channels and sample.shape[2] == channels
-        frames = [sample.shape[1 if is_frames_first else 2], 1]
-    grids = []
-    for count in frames:
-        for temporal in (1, 2, 4):
-            patch = math.sqrt(count // temporal * height * width / length)
-            if count % temporal == 0 and patch == int(patch) >= 1 and not height % patch and not width % patch:
-                grids.append((count // temporal, height // int(patch), width // int(patch)))
-    return grids
-
-
-def _grids_of_arguments(arguments: Mapping[str, Any], length: int) -> list[tuple[int, int, int]]:
-    grids = []
-    for name, value in arguments.items():
-        if name.endswith("ids") and isinstance(value, Tensor) and value.ndim >= 2 and value.shape[-2] == length:
-            counts = [len(axis.unique()) for axis in value.reshape(-1, length, value.shape[-1])[0].unbind(-1)]
-            sizes = ([1, 1, 1] + [count for count in counts if count > 1])[-3:]
-            grids.append(tuple(sizes))
-        elif name == "img_shapes":
-            grids += [tuple(shape) for shape in _leaves(value)]
-    sizes = [arguments.get(name) for name in ("num_frames", "height", "width")]
-    if all(isinstance(size, int) for size in sizes[1:]):
-        grids.append((sizes[0] if isinstance(sizes[0], int) else 1, *sizes[1:]))
-    return grids  # type: ignore[return-value]
-
-
-def _leaves(value: Any) -> list[tuple[int, ...]]:
-    if isinstance(value, (list, tuple)) and value and all(isinstance(one, int) for one in value):
-        return [tuple(value)]
-    return [leaf for one in value for leaf in _leaves(one)] if isinstance(value, (list, tuple)) else []
+def shapes_of(value: Any) -> Any:
+    """What of a call's arguments decides where its tokens stand: shapes of tensors and whole numbers."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape)
+    if isinstance(value, (list, tuple)):
+        return tuple(shapes_of(one) for one in value)
+    if isinstance(value, Mapping):
+        return tuple((name, shapes_of(one)) for name, one in value.items())
+    if is_dataclass(value) and not isinstance(value, type):
+        return shapes_of({one.name: getattr(value, one.name) for one in fields(value)})
+    return value if isinstance(value, (int, str)) else None
 
 
 def _streams(stack: str, plain: _Seen, kinds: Callable[[Callable[[_Seen], Any]], list[str]]) -> BlockStreams:
-    def stream(pick: Callable[[_Seen], Any]) -> str | None:
-        found = {kind for kind in kinds(pick) if kind != "register"}
-        return "joint" if len(found) == 2 else found.pop() if found else None
+    """Streams are those inputs that come back: of the same kind and shape as an output."""
 
-    inputs = {name: stream(lambda seen, name=name: seen.inputs[stack][name]) for name in plain.inputs[stack]}
+    def stream(pick: Callable[[_Seen], Any]) -> str:
+        found = set(kinds(pick)) - {"register"}
+        return "joint" if len(found) == 2 else found.pop() if found else "register"
+
     given = plain.outputs[stack]
     outputs = tuple(
         stream(lambda seen, index=index: _as_tuple(seen.outputs[stack])[index]) if _is_stream(one) else None
         for index, one in enumerate(_as_tuple(given))
     )
-    kept = {name: one for name, one in inputs.items() if one is not None and one in outputs}
-    return BlockStreams(kept, outputs, isinstance(given, tuple))
+    back = {(kind, one.shape) for kind, one in zip(outputs, _as_tuple(given), strict=True) if kind is not None}
+    kept = {}
+    for name, one in plain.inputs[stack].items():
+        kind = stream(lambda seen, name=name: seen.inputs[stack][name])
+        if (kind, one.shape) in back:
+            kept[name] = kind
+    outputs = tuple(kind if kind in kept.values() else None for kind in outputs)
+    return BlockStreams(kept, outputs, isinstance(given, tuple), _fault(stack, kept, outputs, plain))
+
+
+def _fault(stack: str, kept: Mapping[int | str, str], outputs: tuple[str | None, ...], plain: _Seen) -> str:
+    """Why a method cannot act on the streams of a block."""
+    for kinds in (list(kept.values()), [kind for kind in outputs if kind is not None]):
+        if not kinds or len(set(kinds)) < len(kinds):
+            return f"cannot be told apart: {kinds}"
+    lengths = {q.shape[-2] for (place, _), q in plain.queries.items() if place == stack}
+    for name in kept:
+        shape = plain.inputs[stack][name].shape
+        if len(shape) == 3 and shape[0] in lengths and shape[1] not in lengths:
+            return f"stand along the first axis of {tuple(shape)} instead of the second"
+    return ""
 
 
 def _changed(arguments: Mapping[str, Any], what: Callable[[str], bool], change: Callable) -> dict[str, Any]:
-    """The arguments with every floating-point tensor of the chosen names changed, in lists and dataclasses too."""
+    """The arguments with every floating-point tensor of the chosen names changed, in lists and dataclasses too; ids of
+    words change places."""
 
     def visit(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -209,7 +216,9 @@ def _changed(arguments: Mapping[str, Any], what: Callable[[str], bool], change: 
 
     result = {}
     for name, value in arguments.items():
-        if what(name):
+        if what(name) and name.endswith("input_ids") and isinstance(value, Tensor):
+            result[name] = value.roll(1, -1)
+        elif what(name):
             result[name] = visit(value)
         elif is_dataclass(value) and not isinstance(value, type):
             inner = {one.name: visit(getattr(value, one.name)) for one in fields(value) if what(one.name)}
@@ -226,7 +235,8 @@ def _moved(one: Tensor, other: Tensor) -> list[bool]:
 
 
 def _is_stream(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.ndim == 3 and value.is_floating_point()
+    """Whether a value may hold tokens: (B, L, D), or (L, D) where clips are packed into one sequence."""
+    return isinstance(value, Tensor) and value.ndim in (2, 3) and value.is_floating_point()
 
 
 def _as_tuple(value: Any) -> tuple:

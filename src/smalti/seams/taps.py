@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from smalti.core.errors import Refusal, UserError
 from smalti.seams.anatomy import read_anatomy
-from smalti.seams.attach import attach
-from smalti.seams.frame import switch_attention
+from smalti.seams.attach import attached
 from smalti.seams.layout import Layouts, read_layouts, shapes_of
 
 Grid = tuple[int, int, int]
@@ -85,14 +84,8 @@ class Taps:
         self.taken, self._layouts = Taken(), self._known[key]
 
     def _read(self, arguments: dict[str, Any]) -> Layouts:
-        undo = attach(self.anatomy)
-        switch_attention(True)
-        try:
+        with attached(self.anatomy):
             return read_layouts(self.anatomy, self.model.forward, arguments)
-        finally:
-            switch_attention(False)
-            while undo:
-                undo.pop()()
 
     def _take(self, depth: int, stack: str, module: nn.Module, args: tuple, output: Any) -> None:
         if self._layouts is None:

@@ -15,6 +15,7 @@ from smalti.seams.frame import Forward
 
 Around = Callable[[Forward, tuple, dict], Any]
 """Called as `around(original, args, kwargs)` in place of a method."""
+MARK = "wrapped_by_smalti"
 
 
 def wrap(owner: Any, name: str, around: Around, is_compiled: bool = False) -> Callable[[], None]:
@@ -47,8 +48,15 @@ def wrap(owner: Any, name: str, around: Around, is_compiled: bool = False) -> Ca
             else:
                 setattr(owner, name, own)
 
+    setattr(wrapper, MARK, wrapper)  # others copy our attributes onto what they wrap around us
     setattr(owner, name, wrapper)
     return undo
+
+
+def is_outermost(module: nn.Module) -> bool:
+    """Whether nothing else, such as a hook that moves inputs to a device, comes before our wrapper of a forward."""
+    forward = vars(module).get("forward")
+    return forward is not None and getattr(forward, MARK, None) is forward and not module._forward_pre_hooks
 
 
 def wrap_block(module: nn.Module, around: Around) -> list[Callable[[], None]]:
