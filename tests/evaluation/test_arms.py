@@ -15,7 +15,8 @@ def small(ctx): ...
 def arm(name, seed, gain=1.0):
     if name == "broken":
         raise ValueError("this arm cannot be trained")
-    return {"loss": seed + (0.5 if name == "ours" else 1.0) * gain, "process": os.getpid(), "threads": torch.get_num_threads()}
+    loss = seed + (0.5 if name == "ours" else 1.0) * gain
+    return {"loss": loss, "process": os.getpid(), "threads": torch.get_num_threads()}
 '''
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional as F
 
-from smalti.nn.modulation import FinalNorm, Modulation, gated_add, modulated_norm
+from smalti.nn.modulation import FinalNorm, Modulation, ModulationTable, gated_add, modulated_norm
 
 
 def test_formulas():
@@ -13,6 +13,7 @@ def test_formulas():
     torch.testing.assert_close(modulated_norm(x, shift, scale), expected)
     torch.testing.assert_close(gated_add(x, gate, update), x + gate * update)
     assert torch.equal(gated_add(x, torch.zeros_like(gate), update), x)
+    torch.testing.assert_close(gated_add(x, gate, update, 0.5), x + 0.5 * gate * update)
 
 
 def test_triples_by_sample_and_by_token():
@@ -25,3 +26,15 @@ def test_triples_by_sample_and_by_token():
     assert all(part.shape == (2, 5, 8) for triple in modulation(by_token) for part in triple)
     x = torch.randn(2, 5, 8)
     torch.testing.assert_close(final(x, by_sample[:, None].expand(2, 5, 8)), final(x, by_sample))
+
+
+def test_a_table_is_added_to_what_all_blocks_share():
+    one, table = Modulation(8, sublayers=3), ModulationTable(8, sublayers=3)
+    activated = torch.randn(2, 8)
+    for got, expected in zip(table(one.linear(activated)), one(activated), strict=True):
+        for part, other in zip(got, expected, strict=True):
+            assert torch.equal(part, other)  # a fresh table is zero
+    torch.nn.init.normal_(table.table)
+    by_token = table(one.linear(activated[:, None].expand(2, 5, 8)))
+    moved = one.linear(activated) + table.table
+    torch.testing.assert_close(by_token[2].gate[:, 0], moved[:, -8:])

@@ -1,4 +1,4 @@
-"""Alignment terms: trained beside the denoiser, gone afterwards, in the log, resumable, and nothing where they are off."""
+"""Alignment terms: trained beside the denoiser, gone afterwards, in the log, resumable, nothing where they are off."""
 
 import torch
 from torch import nn
@@ -8,7 +8,7 @@ from smalti.backbones.mmdit import MMDiT
 from smalti.core.protocols import Batch, Cond, TrainState
 from smalti.core.seeds import rand
 from smalti.objectives.flow_matching import FlowMatching
-from smalti.training.alignment import AlignedModel
+from smalti.training.alignment import AlignedModel, measure_terms
 from smalti.training.config import TrainConfig
 from smalti.training.progress import read_log
 from smalti.training.repa import REPA, REPASettings, TeacherPort
@@ -103,6 +103,17 @@ def test_what_is_averaged_and_exported_has_no_projector_and_no_hook(tmp_path):
     done.ema_model.save_pretrained(tmp_path / "model")
     again = DiT.from_pretrained(tmp_path / "model")
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), done.ema_model.parameters()))
+
+
+def test_the_trained_denoiser_is_left_without_hooks_and_can_be_measured(tmp_path):
+    model, losses = DiT.tiny(), [term()]
+    done = trainer(tmp_path, losses, model=model)
+    assert done.fit().steps == 60
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    figures = measure_terms(AlignedModel(model, losses), PlanesSource())
+    assert figures["alignment cosine"] > 0.3
+    strangers = measure_terms(AlignedModel(model, losses), PlanesSource(shuffled=True))
+    assert strangers["alignment cosine"] < figures["alignment cosine"] - 0.2
 
 
 def test_projectors_are_resumed_too(tmp_path):

@@ -8,6 +8,8 @@ Source: DiT (arXiv 2212.09748), adaLN-Zero blocks of its figure 3. Unlike diffus
 own copy, one embedder of time and label serves all blocks, as in the paper.
 """
 
+from typing import Literal
+
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
@@ -15,60 +17,16 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smalti.core.errors import UserError
+from smalti.backbones.block import TransformerBlock
+from smalti.backbones.block_order import Order, entries_of
+from smalti.core.errors import UserError, unknown_name
 from smalti.core.protocols import Cond
+from smalti.nn.block_attention import BlockContext
 from smalti.nn.embeddings import LabelEmbedder, TimeEmbedder, VectorEmbedder
-from smalti.nn.ffn import FeedForward
 from smalti.nn.initialise import draw_weights
-from smalti.nn.modulation import EPS, FinalNorm, Modulation, gated_add, modulated_norm, per_token
+from smalti.nn.modulation import EPS, FinalNorm, Modulation, per_token
 from smalti.nn.patchify import patchify, unpatchify
 from smalti.nn.positions import grid_positions
-from smalti.ops.attention import attention
-
-
-class SelfAttention(nn.Module):
-    """Multi-head self-attention with fused projections: (B, N, D) -> (B, N, D).
-
-    Args:
-        width: D = heads * head_dim.
-        heads: h.
-    """
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.to_qkv = nn.Linear(width, 3 * width)
-        self.to_out = nn.Linear(width, width)
-
-    def forward(self, x: Tensor, backend: str) -> Tensor:
-        q, k, v = self.to_qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # (B, N, h, d)
-        out = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), backend=backend)
-        return self.to_out(out.transpose(1, 2).flatten(2))
-
-
-class DiTBlock(nn.Module):
-    """Self-attention, then feed-forward, both modulated and gated.
-
-    Args:
-        width: D.
-        heads: h.
-        ffn_ratio: hidden width of the feed-forward layer over D.
-        ffn_norm_eps: epsilon of the second norm.
-    """
-
-    def __init__(self, width: int, heads: int, ffn_ratio: float, ffn_norm_eps: float):
-        super().__init__()
-        self.ffn_norm_eps = ffn_norm_eps
-        self.modulation = Modulation(width, sublayers=2)
-        self.attn = SelfAttention(width, heads)
-        self.ffn = FeedForward(width, ffn_ratio)
-
-    def forward(self, x: Tensor, activated: Tensor, backend: str) -> Tensor:
-        """Tokens (B, N, D) and the activated vector (B, D) or (B, N, D) -> (B, N, D)."""
-        first, second = self.modulation(activated)
-        x = gated_add(x, first.gate, self.attn(modulated_norm(x, first.shift, first.scale), backend))
-        normed = modulated_norm(x, second.shift, second.scale, self.ffn_norm_eps)
-        return gated_add(x, second.gate, self.ffn(normed))
 
 
 class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
@@ -83,8 +41,10 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         num_labels: number of classes; 0 = the model takes no label. Index `num_labels` means "none".
         pooled_dim: channels of the pooled condition; 0 = the model takes none.
         base_size: side of the grid, in tokens, that positions are scaled to.
-        ffn_ratio: hidden width of the feed-forward layers over the width.
-        ffn_norm_eps: epsilon of the norm before the feed-forward layer.
+        ffn_ratio: hidden width of a block's feed-forward layers together, over the width.
+        ffn_norm_eps: epsilon of the norm before a feed-forward layer.
+        block_order: sublayers of a block, a name of `block_order.ORDERS` or a list of (sublayer, factor).
+        modulation: own, a linear layer in every block, or shared, one for all of them and a table in each.
         learn_sigma: predict 2 * in_channels, the second half being a variance, as the paper's class models do.
 
     Example:
@@ -95,8 +55,8 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["DiTBlock"]
-    _repeated_blocks = ["DiTBlock"]
+    _no_split_modules = ["TransformerBlock"]
+    _repeated_blocks = ["TransformerBlock"]
     _skip_layerwise_casting_patterns = ["norm"]
 
     @register_to_config
@@ -113,11 +73,15 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         ffn_ratio: float = 4.0,
         ffn_norm_eps: float = EPS,
         learn_sigma: bool = False,
+        block_order: str | Order = "standard",
+        modulation: Literal["own", "shared"] = "own",
     ):
         super().__init__()
         width = heads * head_dim
         if width % 4:
             raise UserError(f"heads * head_dim is {width}; make it a multiple of 4 for sine-cosine positions")
+        if modulation not in ("own", "shared"):
+            raise unknown_name("modulation of a DiT", modulation, ("own", "shared"))
         self.patch_size, self.width, self.base_size = patch_size, width, base_size
         self.attention_backend = "auto"
         self.gradient_checkpointing = False
@@ -125,7 +89,11 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.time_embedder = TimeEmbedder(width, shift=1)
         self.label_embedder = LabelEmbedder(num_labels, width) if num_labels else None
         self.pooled_embedder = VectorEmbedder(pooled_dim, width) if pooled_dim else None
-        self.blocks = nn.ModuleList(DiTBlock(width, heads, ffn_ratio, ffn_norm_eps) for _ in range(depth))
+        self.shared_modulation = Modulation(width, len(entries_of(block_order))) if modulation == "shared" else None
+        self.blocks = nn.ModuleList(
+            TransformerBlock(width, heads, ffn_ratio, block_order, modulation=modulation, ffn_norm_eps=ffn_norm_eps)
+            for _ in range(depth)
+        )
         self.final_norm = FinalNorm(width)
         self.proj_out = nn.Linear(width, in_channels * (1 + learn_sigma) * patch_size**2)
         draw_weights(self, embedders=(self.time_embedder, self.label_embedder, self.pooled_embedder))
@@ -157,11 +125,13 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         tokens = self.x_embedder(tokens)  # (B, N, D)
         tokens = tokens + positions.to(tokens.dtype)
         activated = F.silu(self.vector(t, cond))
+        given = activated if self.shared_modulation is None else self.shared_modulation.linear(activated)
+        context = BlockContext(activated=given, backend=self.attention_backend)
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                tokens = self._gradient_checkpointing_func(block, tokens, activated, self.attention_backend)  # type: ignore[misc]
+                tokens = self._gradient_checkpointing_func(block, tokens, context)  # type: ignore[misc]
             else:
-                tokens = block(tokens, activated, self.attention_backend)
+                tokens = block(tokens, context)
         velocity = self.proj_out(self.final_norm(tokens, activated))
         return unpatchify(velocity, height, width, self.patch_size).to(x.dtype)
 

@@ -2,6 +2,8 @@
 
 `x + gate * f(norm(x) * (1 + scale) + shift)`; with the linear layer at zero every block starts as the identity
 (adaLN-Zero, DiT, arXiv 2212.09748, section 3.2). Vectors come with their SiLU already applied, once for all blocks.
+One linear layer may serve all blocks, which then only add a table of their own to what it gives (adaLN-single,
+PixArt-alpha, arXiv 2310.00426, section 2.3; our tables start at zero, so that the gates do).
 """
 
 from typing import NamedTuple
@@ -35,8 +37,25 @@ class Modulation(nn.Module):
         self.linear = nn.Linear(width, 3 * sublayers * width)
 
     def forward(self, activated: Tensor) -> tuple[Triple, ...]:
-        parts = per_token(self.linear(activated)).chunk(3 * self.sublayers, dim=-1)
-        return tuple(Triple(*parts[3 * i : 3 * i + 3]) for i in range(self.sublayers))
+        return triples(self.linear(activated), self.sublayers)
+
+
+class ModulationTable(nn.Module):
+    """A block's share of a modulation that all blocks have in common: that one's output + a table -> `Triple`s.
+
+    Args:
+        width: D.
+        sublayers: number of triples.
+    """
+
+    def __init__(self, width: int, sublayers: int):
+        super().__init__()
+        self.sublayers = sublayers
+        self.table = nn.Parameter(torch.zeros(3 * sublayers * width))
+
+    def forward(self, shared: Tensor) -> tuple[Triple, ...]:
+        """Takes (B, 3 * sublayers * D) or (B, N, 3 * sublayers * D), the output of one `Modulation.linear`."""
+        return triples(shared + self.table, self.sublayers)
 
 
 class FinalNorm(nn.Module):
@@ -55,6 +74,12 @@ class FinalNorm(nn.Module):
         return modulated_norm(x, shift, scale)
 
 
+def triples(vectors: Tensor, sublayers: int) -> tuple[Triple, ...]:
+    """(B, 3 * sublayers * D) or (B, N, 3 * sublayers * D) -> shift, scale and gate of each sublayer."""
+    parts = per_token(vectors).chunk(3 * sublayers, dim=-1)
+    return tuple(Triple(*parts[3 * i : 3 * i + 3]) for i in range(sublayers))
+
+
 def per_token(vector: Tensor) -> Tensor:
     """(B, D) -> (B, 1, D); (B, N, D) stays."""
     return vector[:, None] if vector.ndim == 2 else vector
@@ -65,6 +90,6 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = EPS) ->
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
 
 
-def gated_add(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
-    """`x + gate * update` for x and update (B, N, D)."""
-    return torch.addcmul(x, gate, update)
+def gated_add(x: Tensor, gate: Tensor, update: Tensor, factor: float = 1.0) -> Tensor:
+    """`x + factor * gate * update` for x and update (B, N, D)."""
+    return torch.addcmul(x, gate, update, value=factor)

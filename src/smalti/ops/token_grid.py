@@ -1,7 +1,7 @@
 """Tokens that lie on a grid of rows and columns: changing the grid.
 
-`resize_tokens` lays the tokens out as a map (D, rows, columns) and interpolates it; corners of cells are aligned, not
-their centres at the border, as images are resized (half-pixel centres). Feature maps are resized bilinearly
+`resize_tokens` lays the tokens out as a map (D, rows, columns) and interpolates it as pictures are resized: a token
+stands in the middle of its cell, and a smaller grid averages (antialiasing). Feature maps are resized bilinearly
 (REPA, arXiv 2410.06940, where student and teacher differ in their grids), learned positions bicubically
 (ViT, arXiv 2010.11929, section 3.2).
 """
@@ -26,7 +26,7 @@ def resize_tokens(
         tokens: (B, N, D), rows first.
         grid: rows and columns of the tokens; their product is N.
         new_grid: rows and columns wanted.
-        mode: interpolation; where a side shrinks, it is antialiased.
+        mode: interpolation.
 
     Returns:
         (B, rows * columns, D) in the dtype of the tokens; the tokens themselves if the grids are equal.
@@ -43,6 +43,5 @@ def resize_tokens(
     if tuple(grid) == tuple(new_grid):
         return tokens
     field = tokens.transpose(1, 2).unflatten(2, (rows, columns)).float()  # (B, D, rows, columns)
-    is_smaller = new_grid[0] < rows or new_grid[1] < columns
-    field = interpolate(field, size=tuple(new_grid), mode=mode, align_corners=False, antialias=is_smaller)
+    field = interpolate(field, size=tuple(new_grid), mode=mode, align_corners=False, antialias=True)
     return field.flatten(2).transpose(1, 2).to(tokens.dtype)

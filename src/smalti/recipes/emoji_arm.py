@@ -6,32 +6,38 @@ seeds of order, noise and captions too, is the same.
 """
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import ModelMixin
 
-from smalti.core.protocols import Objective
+from smalti.core.protocols import Batch, Cond, Objective, TextEmbedding
 from smalti.data.emoji import STYLES, EmojiSet, load_emoji
+from smalti.data.latent_cache import LatentCache, build_cache, cache_key
 from smalti.data.packages import cache_folder
-from smalti.evaluation.emoji_metrics import drawn_distance
+from smalti.evaluation.emoji_metrics import drawn_distance, spread
+from smalti.evaluation.probe import hidden_states, linear_probe
 from smalti.objectives.flow_matching import FlowMatching
 from smalti.recipes.emoji import latent_source
 from smalti.sampling.pipeline import TextToImagePipeline
 from smalti.sampling.schedulers import make_scheduler
 from smalti.tokenizers.conv_autoencoder import ConvAutoencoder
 from smalti.tokenizers.text_encoder import EmbeddingCache, MiniLMEncoder
+from smalti.tokenizers.vision_backends import load_teacher
 from smalti.training.alignment import Alignment
 from smalti.training.config import TrainConfig
 from smalti.training.data_order import SampleSource
 from smalti.training.latent_source import LatentSource
 from smalti.training.trainer import Trainer
-from smalti.zoo.loader import load_model
+from smalti.zoo.loader import load_model, weights_hash
 
 TEXT_LENGTH = 16
+GRID = (8, 8)
+BATCH = 64
 CHANNELS, TEXT_WIDTH = 16, 384
 """Of the latents and of the text: what a backbone of an arm is built for; its labels are the styles."""
 
@@ -127,3 +133,55 @@ def train_emoji_arm(
     pipe.use_text_encoder(shared.encoder)
     assert report.held_out_loss is not None, "eval_every is 0: an arm is measured on held-out concepts"
     return Trained(pipe, report.held_out_loss, report.images_per_second)
+
+
+def feature_tables(teacher: str) -> tuple[LatentCache, LatentCache]:
+    """Patch features (N, 64, Dz) of all training and held-out pictures, made once.
+
+    Args:
+        teacher: a name that `load_teacher` knows.
+    """
+    shared = stock()
+    model = load_teacher(teacher, GRID)
+
+    def table(pictures: EmojiSet, split: str) -> LatentCache:
+        key = cache_key("features", pictures.hash, split, teacher, weights_hash(model))
+        return build_cache(
+            cache_folder() / "arms", key, len(pictures), lambda rows: model(pictures.pixels(rows)), progress=True
+        )
+
+    return table(shared.train_pictures, "train"), table(shared.held_out_pictures, "held-out")
+
+
+def group_probe(model: ModelMixin, depth: int, t: float = 0.3, count: int = 2000) -> float:
+    """Share of held-out pictures whose emojibase group a linear probe reads off their mean hidden state.
+
+    The model sees noisy latents without caption and style, so what the probe finds was seen in the picture.
+
+    Args:
+        model: a denoiser of an arm.
+        depth: block whose output is probed, from 1.
+        t: time of the latents.
+        count: training pictures that the probe is fitted on.
+    """
+    shared = stock()
+    names = sorted({item.group for item in shared.train_pictures.items})
+    rows = spread(len(shared.train), count)
+    states = [
+        hidden_states(model, _without_conditions(source, some), t, [depth])[depth]
+        for source, some in ((shared.train, rows), (shared.held_out, range(len(shared.held_out))))
+    ]
+    classes = [torch.tensor([names.index(item.group) for item in pictures.items])
+               for pictures in (shared.train_pictures, shared.held_out_pictures)]  # fmt: skip
+    return linear_probe(states[0], classes[0][rows], states[1], classes[1])
+
+
+def _without_conditions(source: LatentSource, rows: Sequence[int]) -> Iterator[Batch]:
+    """Batches of latents with the empty prompt and no style."""
+    assert source.captions is not None
+    empty = source.captions.text[-1:].to(torch.float32)
+    for start in range(0, len(rows), BATCH):
+        some = torch.tensor(rows[start : start + BATCH])
+        text = TextEmbedding.cat([empty] * len(some))
+        label = torch.full((len(some),), len(STYLES))
+        yield Batch(source.views[0][some], Cond(text.tokens, text.pooled, text.mask, label), some)

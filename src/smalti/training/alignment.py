@@ -18,7 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from smalti.core.protocols import Batch, Cond, Denoiser, Generators, LossResult, Objective, TrainState
+from smalti.objectives.flow_matching import FlowMatching
 from smalti.seams.taps import Taken, Taps
+from smalti.training.data_order import SampleSource
+from smalti.training.sample_draws import draw
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,12 @@ class AlignedModel(nn.Module):
         self.results = {name: result for name, result in found.items() if result is not None}  # type: ignore[misc]
         return velocity
 
+    def close(self) -> None:
+        """Takes the taps off the denoiser; the next call in training mode puts them on again."""
+        if self._taps is not None:
+            self._taps.remove()
+            self._taps = None
+
 
 @dataclass(frozen=True)
 class AlignedObjective:
@@ -111,6 +120,20 @@ class AlignedObjective:
 def denoiser_of(model: nn.Module) -> nn.Module:
     """The denoiser itself, of an aligned model or a plain one."""
     return model.denoiser if isinstance(model, AlignedModel) else model
+
+
+@torch.no_grad()
+def measure_terms(model: AlignedModel, source: SampleSource, seed: int = 0, batch: int = 64) -> dict[str, float]:
+    """Mean of every figure of the terms over all samples of a source, at times of flow matching."""
+    objective, device = AlignedObjective(FlowMatching(), model), next(model.parameters()).device
+    model.train()
+    sums: dict[str, float] = {}
+    for indices in torch.arange(len(source)).split(batch):
+        one = draw(source, indices, indices, seed, "held-out", device)
+        for name, value in objective.loss(model, one.batch, TrainState(), one.generators).metrics.items():
+            sums[name] = sums.get(name, 0.0) + float(value) * len(indices)
+    model.close()
+    return {name: value / len(source) for name, value in sums.items()}
 
 
 def teacher_features(call: AlignmentCall, name: str, teacher: nn.Module | None) -> Tensor:

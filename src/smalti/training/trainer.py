@@ -154,6 +154,8 @@ class Trainer:
                     self._leave(stop.signal)
         finally:
             journal.close()
+            if isinstance(self.state.model, AlignedModel):
+                self.state.model.close()
         is_best = self.config.patience > 0 and self.state.best < math.inf
         if is_best:
             copy_weights(self.state.best_weights, self.ema_model)
