@@ -53,8 +53,8 @@ def small(ctx) -> Verdict:
     best = {region: min(rivals, key=lambda rival: means[rival]) for region, rivals in RIVALS.items()}
     found = {region: compare(distances[region], distances[best[region]], 0.7) for region in RIVALS}
     guided_full = draw("all", 3.0)
-    guided = [relative_distances(draw(region, 3.0), guided_full) for region in (MAIN, best[MAIN])]
-    under_guidance = compare(*guided, 0.7)
+    guided, rival = (relative_distances(draw(region, 3.0), guided_full) for region in (MAIN, best[MAIN]))
+    under_guidance = compare(guided, rival, 0.7)
     error = _exactness()
     ctx.say("wall time at 4,096 tokens")
     ratio, share = _wall_time(torch.device("cpu"), 64, (1, 8, 8), "block:1")
