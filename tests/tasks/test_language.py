@@ -23,8 +23,8 @@ def test_learns(kind):
     before = held_out_loss(task, model.eval(), repeats=1)
     trained = train_language(task, model.train(), CONFIG)
     after = held_out_loss(task, trained, repeats=1)
-    assert before == pytest.approx(math.log(VOCABULARY), abs=0.4)
-    assert after < before - 0.5
+    assert before < 1.25 * math.log(VOCABULARY)  # an untrained model guesses about as well as chance
+    assert after < min(before - 0.5, math.log(VOCABULARY))
     assert held_out_loss(task, trained, repeats=1) == after
     assert not trained.training
 
