@@ -46,6 +46,12 @@ def test_round_trip_is_exact():
         assert torch.equal(back.state_dict()[name], tensor), name
 
 
+@pytest.mark.parametrize(("name", "value"), [("block_order", "macaron"), ("modulation", "shared")])
+def test_other_blocks_are_refused(name, value):
+    with pytest.raises(UserError, match=f"{name}.*{value}"):
+        dit_to_diffusers(DiT(depth=1, heads=1, head_dim=8, num_labels=3, **{name: value}))
+
+
 def test_refuses_by_name():
     with pytest.raises(UserError, match="pooled"):
         dit_to_diffusers(DiT.tiny())

@@ -93,6 +93,9 @@ def dit_to_diffusers(model: DiT) -> DiTTransformer2DModel:
         raise UserError("DiTTransformer2DModel needs labels; convert a DiT with num_labels > 0")
     if config["ffn_ratio"] != FFN_RATIO:
         raise UserError(f"DiTTransformer2DModel has ffn_ratio {FFN_RATIO}, this model {config['ffn_ratio']}")
+    for name, value in (("block_order", "standard"), ("modulation", "own")):
+        if config[name] != value:
+            raise UserError(f"DiTTransformer2DModel has {name} {value}, this model {config[name]!r}")
     channels, patch = config["in_channels"] * (1 + config["learn_sigma"]), config["patch_size"]
     theirs = DiTTransformer2DModel(
         num_attention_heads=config["heads"],
