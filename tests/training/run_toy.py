@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 import torch
-from toy_training import ToyDenoiser, ToySource
+from toy_training import DIM, PlanesSource, ToyDenoiser, ToySource
 
+from smalti.backbones.dit import DiT
 from smalti.core.errors import UserError
 from smalti.objectives.flow_matching import FlowMatching
 from smalti.training.config import TrainConfig
+from smalti.training.repa import REPA, REPASettings, TeacherPort
 from smalti.training.trainer import Trainer, TrainReport
 
 torch.set_num_threads(1)
@@ -21,9 +23,14 @@ def train(out: Path, **settings) -> TrainReport:
     """Trains or resumes; settings of model and source are taken out, the rest makes the `TrainConfig`."""
     model = {key: settings.pop(key) for key in ("dropout", "width", "unused") if key in settings}
     source = {key: settings.pop(key) for key in ("broken", "delay", "count") if key in settings}
+    until = settings.pop("aligned_until", None)
     torch.manual_seed(0)
     config = TrainConfig(**{"steps": 50, "batch": 16, "log_every": 1, **settings})
-    trainer = Trainer(ToyDenoiser(**model), FlowMatching(), ToySource(**source), config, out)
+    if until is None:
+        trainer = Trainer(ToyDenoiser(**model), FlowMatching(), ToySource(**source), config, out)
+    else:
+        term = REPA(16, [TeacherPort("teacher", DIM)], REPASettings(depth=1, hidden=16, until=until))
+        trainer = Trainer(DiT.tiny(), FlowMatching(), PlanesSource(), config, out, losses=[term])
     return trainer.fit(resume=True)
 
 

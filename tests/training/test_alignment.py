@@ -1,55 +1,17 @@
 """Alignment terms: trained beside the denoiser, gone afterwards, in the log, resumable, nothing where they are off."""
 
 import torch
-from torch import nn
+from toy_training import DIM, DotTeacher, PlanesSource
 
 from smalti.backbones.dit import DiT
 from smalti.backbones.mmdit import MMDiT
-from smalti.core.protocols import Batch, Cond, TrainState
-from smalti.core.seeds import rand
+from smalti.core.protocols import Cond, TrainState
 from smalti.objectives.flow_matching import FlowMatching
 from smalti.training.alignment import AlignedModel, measure_terms
 from smalti.training.config import TrainConfig
 from smalti.training.progress import read_log
 from smalti.training.repa import REPA, REPASettings, TeacherPort
 from smalti.training.trainer import Trainer
-
-GRID, DIM = (4, 4), 6
-
-
-class PlanesSource:
-    """Latents (4, 8, 8) of a few waves; the teacher's features are a linear map of each token's clean patch."""
-
-    def __init__(self, is_cached=True, shuffled=False):
-        self.is_cached, self.shuffled = is_cached, shuffled
-        generator = torch.Generator().manual_seed(0)
-        self.x0 = torch.randn(32, 4, 2, 2, generator=generator).repeat_interleave(4, 2).repeat_interleave(4, 3)
-        self.features = DotTeacher()(self.x0)
-
-    def __len__(self):
-        return len(self.x0)
-
-    def batch(self, indices, generators):
-        rand((len(indices), 1), generators)
-        x0 = self.x0[indices]
-        rows = (indices + 7) % len(self) if self.shuffled else indices
-        extra = {"teacher": self.features[rows]} if self.is_cached else {"pixels": x0}
-        cond = Cond(
-            pooled=torch.zeros(len(indices), 10), label=torch.zeros(len(indices), dtype=torch.long), extra=extra
-        )
-        return Batch(x0, cond, indices)
-
-
-class DotTeacher(nn.Module):
-    """A fixed map of 2 x 2 patches (B, 16, 6)."""
-
-    def __init__(self):
-        super().__init__()
-        weight = torch.randn(DIM, 4, 2, 2, generator=torch.Generator().manual_seed(1))
-        self.weight = nn.Parameter(weight, requires_grad=False)
-
-    def forward(self, pixels):
-        return nn.functional.conv2d(pixels, self.weight, stride=2).flatten(2).transpose(1, 2)
 
 
 def term(teacher=None, **settings):
@@ -139,20 +101,13 @@ def test_a_live_teacher_equals_its_cached_features(tmp_path):
 
 
 def test_only_the_image_tokens_of_a_joint_sequence_are_aligned():
-    model = AlignedModel(MMDiT.tiny(), [term(depth=2)]).train()
+    model = AlignedModel(MMDiT.tiny(), [term(depth=2)])
     cond = Cond(text=torch.randn(2, 5, 12), pooled=torch.randn(2, 10), extra={"teacher": torch.randn(2, 12, DIM)})
-    model(torch.randn(2, 4, 6, 8), torch.tensor([0.2, 0.7]), cond)
-    assert model.results["repa"].loss.shape == ()
+    output = model(torch.randn(2, 4, 6, 8), torch.tensor([0.2, 0.7]), cond)
+    assert output.losses["repa"].shape == ()
+    assert output.velocity.shape == (2, 4, 6, 8)
     assert model._taps.taken.tokens[2].shape == (2, 12, 16)
     assert model._taps.taken.grid == (1, 3, 4)
-
-
-def test_evaluation_costs_no_term():
-    model = AlignedModel(DiT.tiny(), [term()]).eval()
-    cond = Cond(pooled=torch.zeros(1, 10))
-    plain = model.denoiser(torch.zeros(1, 4, 8, 8), torch.tensor([0.5]), cond)
-    assert torch.equal(model(torch.zeros(1, 4, 8, 8), torch.tensor([0.5]), cond), plain)
-    assert model.results == {}
 
 
 def test_the_objective_alone_is_measured_on_held_out_samples(tmp_path):

@@ -72,6 +72,16 @@ def test_two_processes_walk_the_curve_of_one(processes, tmp_path, optimizer):
     assert difference(tmp_path / "one", tmp_path / "two") < 1e-4
 
 
+def test_alignment_terms_walk_the_same_curve_in_two_processes_and_stop_together(processes, tmp_path):
+    settings = {"steps": 20, "aligned_until": 12, "learning_rate": 3e-3}
+    assert finish(start(processes, tmp_path / "one", **settings)) == 0
+    group = start_group(processes, tmp_path / "two", **settings)
+    assert [finish(process) for process in group] == [0, 0]
+    assert difference(tmp_path / "one", tmp_path / "two") < 1e-4
+    aligned = ["alignment cosine" in line for line in read_log(tmp_path / "two" / "log.jsonl") if "loss" in line]
+    assert aligned == [True] * 12 + [False] * 8
+
+
 @pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.slow)])
 def test_launchers_walk_the_curve_of_one(processes, tmp_path, launcher):
     launch = {

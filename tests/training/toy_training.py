@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from smalti.core.protocols import Batch, Cond
+from smalti.core.seeds import rand
 
 
 class ToyDenoiser(ModelMixin, ConfigMixin):
@@ -62,3 +63,42 @@ class ToySource:
             samples.append(sample * float("nan") if index in self.broken else sample)
             labels.append(2 if torch.rand((), generator=generator) < 0.1 else index % 2)
         return Batch(torch.stack(samples).reshape(-1, 1, 2, 2), Cond(label=torch.tensor(labels)), indices)
+
+
+DIM = 6
+"""Width of the features of the toy teacher."""
+
+
+class PlanesSource:
+    """Latents (4, 8, 8) of a few waves; the teacher's features are a linear map of each token's clean patch."""
+
+    def __init__(self, is_cached=True, shuffled=False):
+        self.is_cached, self.shuffled = is_cached, shuffled
+        generator = torch.Generator().manual_seed(0)
+        self.x0 = torch.randn(32, 4, 2, 2, generator=generator).repeat_interleave(4, 2).repeat_interleave(4, 3)
+        self.features = DotTeacher()(self.x0)
+
+    def __len__(self):
+        return len(self.x0)
+
+    def batch(self, indices, generators):
+        rand((len(indices), 1), generators)
+        x0 = self.x0[indices]
+        rows = (indices + 7) % len(self) if self.shuffled else indices
+        extra = {"teacher": self.features[rows]} if self.is_cached else {"pixels": x0}
+        cond = Cond(
+            pooled=torch.zeros(len(indices), 10), label=torch.zeros(len(indices), dtype=torch.long), extra=extra
+        )
+        return Batch(x0, cond, indices)
+
+
+class DotTeacher(nn.Module):
+    """A fixed map of 2 x 2 patches (B, 16, 6)."""
+
+    def __init__(self):
+        super().__init__()
+        weight = torch.randn(DIM, 4, 2, 2, generator=torch.Generator().manual_seed(1))
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, pixels):
+        return nn.functional.conv2d(pixels, self.weight, stride=2).flatten(2).transpose(1, 2)

@@ -2,9 +2,10 @@
 
     loss = objective + sum_i weight_i * alignment_i(tokens after tapped blocks, teacher features, ...)
 
-`AlignedModel` runs the denoiser with taps on its blocks and computes all terms in the same forward, so that projectors
-train with it in one process or several; the denoiser itself stays what it was, and averaged and exported weights hold
-nothing else. Teacher features come with the batch (`cond.extra`), cached once a sample, or from a live teacher.
+`AlignedModel` runs the denoiser with taps on its blocks, computes all terms in the same forward and returns them beside
+the velocity, so that projectors train with it in one process or several (DDP follows what a forward returns). The
+denoiser itself stays what it was, and averaged and exported weights hold nothing else. Teacher features come with the
+batch (`cond.extra`), cached once a sample, or from a live teacher.
 
 Source: the form of REPA (arXiv 2410.06940, equation 8), which HASTE, SRA and VA-VAE share.
 """
@@ -17,7 +18,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from smalti.core.protocols import Batch, Cond, Denoiser, Generators, LossResult, Objective, TrainState
+from smalti.core.protocols import (
+    Batch,
+    Cond,
+    Denoiser,
+    Generators,
+    LossResult,
+    Objective,
+    TensorBundle,
+    TrainState,
+)
 from smalti.objectives.flow_matching import FlowMatching
 from smalti.seams.taps import Taken, Taps
 from smalti.training.data_order import SampleSource
@@ -63,12 +73,21 @@ class Alignment(nn.Module, ABC):
         """The weighted term and plain figures; None where it is switched off."""
 
 
+@dataclass(frozen=True)
+class AlignedOutput(TensorBundle):
+    """The denoiser's velocity (B, ...), and the terms that are on: their losses () and figures () by name."""
+
+    velocity: Tensor
+    losses: Mapping[str, Tensor]
+    metrics: Mapping[str, Tensor]
+
+
 class AlignedModel(nn.Module):
-    """A denoiser with alignment terms: called as the denoiser, and returns what it returns.
+    """A denoiser with alignment terms: `(x, t, cond) -> AlignedOutput`.
 
     Args:
         denoiser: any transformer that `seams.anatomy` reads.
-        terms: computed at every call in training mode; the results lie in `results`.
+        terms: computed at every call; `state` is what they may know of the training.
     """
 
     def __init__(self, denoiser: nn.Module, terms: Sequence[Alignment]):
@@ -76,23 +95,21 @@ class AlignedModel(nn.Module):
         self.denoiser = denoiser
         self.terms = nn.ModuleList(terms)
         self.state = TrainState()
-        self.results: dict[str, LossResult] = {}
         self._taps: Taps | None = None
 
-    def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        if not self.training:
-            return self.denoiser(x, t, cond)
+    def forward(self, x: Tensor, t: Tensor, cond: Cond) -> AlignedOutput:
         if self._taps is None:  # not before: a copy of the denoiser that is made until then has no hooks
             depths = [depth for term in self.terms for depth in term.depths]  # type: ignore[union-attr]
             self._taps = Taps(self.denoiser, depths)
         velocity = self.denoiser(x, t, cond)
         call = AlignmentCall(self._taps.taken, x, t, cond, self.state)
         found = {term.name: term(call) for term in self.terms}
-        self.results = {name: result for name, result in found.items() if result is not None}  # type: ignore[misc]
-        return velocity
+        results: dict[str, LossResult] = {name: one for name, one in found.items() if one is not None}  # type: ignore[misc]
+        metrics = {name: torch.as_tensor(value) for one in results.values() for name, value in one.metrics.items()}
+        return AlignedOutput(velocity, {name: one.loss for name, one in results.items()}, metrics)
 
     def close(self) -> None:
-        """Takes the taps off the denoiser; the next call in training mode puts them on again."""
+        """Takes the taps off the denoiser; the next call puts them on again."""
         if self._taps is not None:
             self._taps.remove()
             self._taps = None
@@ -108,12 +125,17 @@ class AlignedObjective:
     def loss(self, denoiser: Denoiser, batch: Batch, state: TrainState, generator: Generators) -> LossResult:
         """The objective's loss plus all terms, which are logged one by one."""
         self.model.state = state
-        result = self.objective.loss(denoiser, batch, state, generator)
+        outputs: list[AlignedOutput] = []
+
+        def velocity(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+            outputs.append(denoiser(x, t, cond))  # type: ignore[arg-type]  # the denoiser of a training is the model
+            return outputs[-1].velocity
+
+        result = self.objective.loss(velocity, batch, state, generator)
         loss, metrics = result.loss, {**result.metrics, "objective": result.loss.detach()}
-        for term in self.model.results.values():
-            loss = loss + term.loss
-            metrics |= term.metrics
-        self.model.results = {}
+        for one in outputs:
+            loss = loss + sum(one.losses.values())
+            metrics |= one.metrics
         return LossResult(loss, metrics)
 
 
