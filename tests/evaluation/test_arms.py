@@ -1,6 +1,10 @@
 """Arms run in processes of their own, are kept, and are trained anew when what they rest on changes."""
 
 import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -8,11 +12,15 @@ from smalti.evaluation.arms import run_arms
 
 PAGE = '''"""Draws numbers. It is a toy. It has arms."""
 import os
+import time
 import torch
 from smalti.core.system import System
 SYSTEM = System(slug="toy-arms", uses=("ops.attention.attention",))
 def small(ctx): ...
 def arm(name, seed, gain=1.0):
+    if name == "slow":
+        open(os.environ["TOY_ARM"], "w").write(str(os.getpid()))
+        time.sleep(60)
     if name == "broken":
         raise ValueError("this arm cannot be trained")
     loss = seed + (0.5 if name == "ours" else 1.0) * gain
@@ -60,3 +68,22 @@ def test_a_failing_arm_stops_the_claim_and_the_others_are_kept(page, tmp_path):
     with pytest.raises(ValueError, match="cannot be trained"):
         run_arms("toy-arms", ["ours", "broken"], (0,), tmp_path, {}, processes=1, say=lambda text: None)
     assert [path.name for path in tmp_path.rglob("*.json")] == ["ours-0.json"]
+
+
+def test_workers_end_with_the_claim_that_started_them(page, tmp_path):
+    note = tmp_path / "process"
+    code = f"from smalti.evaluation.arms import run_arms; run_arms('toy-arms', ['slow'], (0,), {str(tmp_path)!r}, {{}})"
+    code = code.replace(repr(str(tmp_path)), f"__import__('pathlib').Path({str(tmp_path)!r})")
+    claim = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "TOY_ARM": str(note)})
+    wait_for(lambda: note.is_file() and note.read_text())
+    worker = int(note.read_text())
+    claim.kill()
+    claim.wait()
+    wait_for(lambda: not Path(f"/proc/{worker}").exists() or "Z" in Path(f"/proc/{worker}/stat").read_text().split()[2])
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 40
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

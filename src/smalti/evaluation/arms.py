@@ -8,10 +8,11 @@ claim that was stopped goes on; it is trained anew as soon as its settings or an
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -83,7 +84,7 @@ def run_arms(
     missing = [job for job in jobs if not _path(kept, *job).is_file()]
     count = min(len(missing), processes or len(os.sched_getaffinity(0)))
     if count:
-        with ProcessPoolExecutor(count, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with ProcessPoolExecutor(count, get_context("spawn"), initializer=_begin) as pool:
             running = {pool.submit(_train, slug, function, *job, dict(settings)): job for job in missing}
             try:
                 for done in as_completed(running):
@@ -95,6 +96,19 @@ def run_arms(
                 pool.shutdown(cancel_futures=True)  # or the end of the block would wait for all that has not begun
                 raise
     return Arms({arm: [read_json(_path(kept, arm, seed)) for seed in seeds] for arm in arms}, tuple(seeds))
+
+
+def _begin() -> None:
+    """At the start of a process: one thread, and an end as soon as the claim that started it is gone."""
+    torch.set_num_threads(1)
+    parent = parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _train(slug: str, function: str, arm: str, seed: int, settings: dict[str, Any]) -> dict[str, float]:
