@@ -36,7 +36,7 @@ def test_targets_are_normalised_in_each_patch_and_flat_ones_stay_flat():
 def test_the_loss_is_taken_over_hidden_patches_alone():
     seen = {}
 
-    def predicts_zero_where_visible(pixels, visible, cond):
+    def predicts_zero_where_visible(pixels, visible):
         seen["visible"] = visible
         out = normalised_patches(pixels, 8, 1e-2) + 2.0  # wrong by 2 where hidden
         return out.scatter(1, visible[..., None].expand(-1, -1, 192), 1e6)

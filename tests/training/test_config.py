@@ -29,6 +29,17 @@ def test_linear_cooldown_uses_the_last_fifth():
     assert factors[99] == pytest.approx(0.05)
 
 
+def test_inverse_square_root_is_counted_in_warm_up_steps():
+    factors = rates(decay="inverse-sqrt", warmup=4)
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert factors[15] == pytest.approx(0.5)
+    assert factors[63] == pytest.approx(0.25)
+    with pytest.raises(UserError, match="warmup is 0"):
+        TrainConfig(steps=10, batch=4, decay="inverse-sqrt")
+    longer = TrainConfig(steps=200, batch=4, decay="inverse-sqrt", warmup=4).identity()
+    assert longer == TrainConfig(steps=100, batch=4, decay="inverse-sqrt", warmup=4).identity()
+
+
 @pytest.mark.parametrize(
     "settings",
     [

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smalti.core.protocols import Batch, Cond, Generators, LossResult, TensorBundle, TrainState
+from smalti.core.protocols import Batch, Generators, LossResult, TensorBundle, TrainState
 from smalti.core.seeds import rand
 
 LARGEST_SCALE = 100.0
@@ -52,11 +52,8 @@ class CaptionContrastModel(nn.Module):
         nn.init.xavier_uniform_(self.projection.weight)
         nn.init.zeros_(self.projection.bias)
 
-    def forward(self, pixels: Tensor, kept: Tensor | None = None, cond: Cond | None = None) -> PictureVectors:
-        """Vectors of pixels (B, 3, H, W); in training, of the patches `kept` (B, n) alone.
-
-        `cond` is not read; it is there because a training calls every model with three inputs.
-        """
+    def forward(self, pixels: Tensor, kept: Tensor | None = None) -> PictureVectors:
+        """Vectors of pixels (B, 3, H, W); in training, of the patches `kept` (B, n) alone."""
         tokens = self.encoder.embed(pixels)  # type: ignore[operator]
         if kept is not None and self.training:
             tokens = take_tokens(tokens, kept)
@@ -80,14 +77,14 @@ class CaptionContrast:
     whole_from: int = 0
 
     def loss(self, denoiser, batch: Batch, state: TrainState, generator: Generators) -> LossResult:
-        """`denoiser` is the model: `(pixels, kept, cond) -> PictureVectors`."""
+        """`denoiser` is the model: `(pixels, kept) -> PictureVectors`."""
         assert batch.cond.pooled is not None
         assert batch.cond.label is not None
         kept = None
         if state.step < self.whole_from:
             count = max(1, round(self.keep * self.patches))
             kept = rand((len(batch.x0), self.patches), generator, batch.x0.device).argsort(1)[:, :count]
-        out = denoiser(batch.x0, kept, batch.cond)
+        out = denoiser(batch.x0, kept)
         loss, right = contrast(out.vectors, batch.cond.pooled, batch.cond.label, out.scale)
         return LossResult(loss, {"right": right, "scale": out.scale.detach()})
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from smalti.core.protocols import Batch, Cond, Generators, LossResult, TrainState
+from smalti.core.protocols import Batch, Generators, LossResult, TrainState
 from smalti.core.seeds import rand
 from smalti.nn.encoder_block import NORM_EPS, EncoderBlock, draw_linear_weights
 from smalti.nn.patchify import patchify
@@ -55,11 +55,8 @@ class MaskedAutoencoder(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
         self.encoder = encoder
 
-    def forward(self, pixels: Tensor, visible: Tensor, cond: Cond | None = None) -> Tensor:
-        """Predicted patches (B, N, 3*P*P) of pixels (B, 3, H, W) of which the patches `visible` (B, n) are seen.
-
-        `cond` is not read; it is there because a training calls every model with three inputs.
-        """
+    def forward(self, pixels: Tensor, visible: Tensor) -> Tensor:
+        """Predicted patches (B, N, 3*P*P) of pixels (B, 3, H, W) of which the patches `visible` (B, n) are seen."""
         tokens = take_tokens(self.encoder.embed(pixels), visible)  # type: ignore[operator]
         seen = self.to_decoder(self.encoder.encode(tokens))  # type: ignore[operator]
         patches = self.base_size**2
@@ -86,12 +83,12 @@ class MaskedAutoencoding:
     floor: float = 1e-2
 
     def loss(self, denoiser, batch: Batch, state: TrainState, generator: Generators) -> LossResult:
-        """`denoiser` is the model: `(pixels, visible, cond) -> patches`."""
+        """`denoiser` is the model: `(pixels, visible) -> patches`."""
         target = normalised_patches(batch.x0, self.patch_size, self.floor)
         count, patches = target.shape[:2]
         order = rand((count, patches), generator, target.device).argsort(1)
         visible, masked = order.tensor_split([max(1, round((1 - self.hidden) * patches))], dim=1)
-        predicted = denoiser(batch.x0, visible, batch.cond)
+        predicted = denoiser(batch.x0, visible)
         error = (take_tokens(predicted, masked) - take_tokens(target, masked)).square().mean()
         return LossResult(error, {})
 

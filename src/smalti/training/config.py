@@ -7,7 +7,7 @@ from typing import Any, Literal
 from smalti.core.errors import UserError, unknown_name
 from smalti.core.seeds import check_seed
 
-DECAYS = ("constant", "cosine", "linear-cooldown")
+DECAYS = ("constant", "cosine", "linear-cooldown", "inverse-sqrt")
 OPTIMIZERS = ("adamw", "muon")
 PRECISIONS = ("no", "bf16")
 OPERATIONAL = (
@@ -26,7 +26,8 @@ class TrainConfig:
         batch: global batch: samples a step over all processes and accumulated parts.
         learning_rate: peak rate of AdamW.
         warmup: steps of linear warm-up.
-        decay: constant; cosine to a tenth of the peak at the last step; linear-cooldown to zero over the last fifth.
+        decay: constant; cosine to a tenth of the peak at the last step; linear-cooldown to zero over the last fifth;
+            inverse-sqrt, `sqrt(warmup / step)` behind the warm-up (arXiv 1706.03762, section 5.3, eq. 3).
         optimizer: adamw, or muon (Muon on the matrices of the blocks, AdamW on everything else).
         muon_rate: peak rate of Muon, scaled so that its updates are as large as AdamW's; none takes `learning_rate`.
         weight_decay: decoupled decay of the matrices; norms, biases and embeddings have none.
@@ -54,7 +55,7 @@ class TrainConfig:
     batch: int
     learning_rate: float = 1e-3
     warmup: int = 0
-    decay: Literal["constant", "cosine", "linear-cooldown"] = "constant"
+    decay: Literal["constant", "cosine", "linear-cooldown", "inverse-sqrt"] = "constant"
     optimizer: Literal["adamw", "muon"] = "adamw"
     muon_rate: float | None = None
     weight_decay: float = 0.01
@@ -86,6 +87,7 @@ class TrainConfig:
                 name, isinstance(getattr(self, name), int) and getattr(self, name) >= 0, "a whole number from 0"
             )
         self._check("warmup", self.warmup <= self.steps, f"at most steps ({self.steps})")
+        self._check("warmup", self.warmup > 0 or self.decay != "inverse-sqrt", "at least 1 where the decay counts it")
         self._check("patience", self.eval_every > 0 or not self.patience, "0 unless eval_every is above 0")
         self._check("learning_rate", 0 < self.learning_rate < math.inf, "above 0")
         for name in ("muon_rate", "clip", "minutes"):
@@ -110,9 +112,9 @@ class TrainConfig:
     def identity(self) -> dict[str, Any]:
         """The fields that decide the weights after each step; a checkpoint with others belongs to another training.
 
-        `steps` counts only where the rate depends on it, so that a run at constant rate can be prolonged.
+        `steps` counts only where the rate depends on it, so that a run at constant rate, say, can be prolonged.
         """
-        skipped = {*OPERATIONAL, *(("steps",) if self.decay == "constant" else ())}
+        skipped = {*OPERATIONAL, *(("steps",) if self.decay in ("constant", "inverse-sqrt") else ())}
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in skipped}
         return {**values, "betas": list(self.betas)}
 
@@ -121,6 +123,8 @@ class TrainConfig:
         warm = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
         if self.decay == "constant":
             return warm
+        if self.decay == "inverse-sqrt":
+            return min(warm, math.sqrt(self.warmup / (step + 1)))
         if self.decay == "cosine":
             progress = max(0, step - self.warmup) / max(1, self.steps - self.warmup)
             return warm * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))

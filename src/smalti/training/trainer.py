@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast
-from torch import Tensor, nn
+from torch import nn
 
 from smalti.core.errors import UserError
 from smalti.core.files import check_writable
-from smalti.core.protocols import Cond, Objective, TrainState
+from smalti.core.protocols import Objective, TrainState
 from smalti.training import checkpoints
 from smalti.training.alignment import AlignedModel, AlignedObjective, Alignment, denoiser_of
 from smalti.training.config import TrainConfig
@@ -251,8 +251,8 @@ class Trainer:
     def _held_out_loss(self) -> float:
         assert self.held_out is not None
 
-        def denoise(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-            return autocast_call(self.ema_model, self.config, x, t, cond)
+        def denoise(*inputs: Any, **named: Any) -> Any:
+            return autocast_call(self.ema_model, self.config, *inputs, **named)
 
         self.ema_model.eval()
         accelerator = self.accelerator
