@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from smalti.backbones.dit import DiT
 from smalti.core.errors import UserError
@@ -19,16 +20,35 @@ def clusters(seed, count=120, width=8):
 def test_the_probe_reads_classes_off_and_chance_off_noise():
     features, classes = clusters(0)
     unseen, unseen_classes = clusters(1)
-    assert linear_probe(features, classes, unseen, unseen_classes) > 0.95
+    assert linear_probe(features, classes, torch.arange(120), unseen, unseen_classes) > 0.95
     noise = torch.randn(240, 8, generator=torch.Generator().manual_seed(2))
-    assert linear_probe(noise[:120], classes, noise[120:], unseen_classes) < 0.55
+    assert linear_probe(noise[:120], classes, torch.arange(120), noise[120:], unseen_classes) < 0.55
 
 
 def test_the_probe_does_not_depend_on_scale_and_shift():
     features, classes = clusters(0)
     unseen, unseen_classes = clusters(1)
-    plain = linear_probe(features, classes, unseen, unseen_classes)
-    assert linear_probe(features * 100 + 7, classes, unseen * 100 + 7, unseen_classes) == plain
+    plain = linear_probe(features, classes, torch.arange(120), unseen, unseen_classes)
+    assert linear_probe(features * 100 + 7, classes, torch.arange(120), unseen * 100 + 7, unseen_classes) == plain
+
+
+def test_the_penalty_is_chosen_on_groups_that_were_not_fitted():
+    """Near duplicates on both sides would let the weakest penalty win by remembering."""
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(classes, copies):
+        """A weak hint of the class, much that tells a group from the others and nothing else, and little noise."""
+        hint = nn.functional.one_hot(classes, 2).float() * 2 + torch.randn(len(classes), 2, generator=generator)
+        private = torch.randn(len(classes), 80, generator=generator)
+        features = torch.cat([hint, private], 1).repeat_interleave(copies, 0)
+        return features + 0.1 * torch.randn(features.shape, generator=generator)
+
+    groups = torch.arange(80).repeat_interleave(4)
+    classes, unseen_classes = (torch.randint(2, (count,), generator=generator) for count in (80, 400))
+    features, unseen = draw(classes, 4), draw(unseen_classes, 1)
+    whole = linear_probe(features, classes[groups], groups, unseen, unseen_classes)
+    apart = linear_probe(features, classes[groups], torch.arange(320), unseen, unseen_classes)
+    assert whole > apart + 0.05
 
 
 def test_cknna():
@@ -71,7 +91,10 @@ def test_hidden_states_are_means_of_tokens_with_noise_by_id():
 
 
 def test_bad_counts_are_refused():
-    with pytest.raises(UserError, match="one class a sample"):
-        linear_probe(torch.zeros(4, 2), torch.zeros(3, dtype=torch.long), torch.zeros(1, 2), torch.zeros(1).long())
+    four, three = torch.zeros(4, 2), torch.zeros(3, dtype=torch.long)
+    with pytest.raises(UserError, match="one of each a sample"):
+        linear_probe(four, three, torch.arange(4), torch.zeros(1, 2), torch.zeros(1).long())
+    with pytest.raises(UserError, match="2 groups"):
+        linear_probe(four, torch.arange(4), torch.zeros(4), torch.zeros(1, 2), torch.zeros(1).long())
     with pytest.raises(UserError, match="more than k"):
         cknna(torch.zeros(4, 2), torch.zeros(4, 2), neighbours=4)

@@ -6,7 +6,7 @@ import torch
 from smalti.core.files import read_json
 from smalti.data.emoji import load_emoji
 from smalti.objectives.caption_contrast import PictureVectors
-from smalti.recipes import vit_caption
+from smalti.recipes import vit_caption, vit_teacher
 from smalti.recipes.vit_caption import PRESETS, VitCaptionRecipe, retrieval, train
 from smalti.tokenizers.vision_encoder import VisionTransformer
 from smalti.training.config import TrainConfig
@@ -29,7 +29,7 @@ def few(monkeypatch):
         return load_emoji(split, styles=["noto"], topics=["weather"] if split == "train" else ["animals", "food"])
 
     monkeypatch.setattr(vit_caption, "load_emoji", load)
-    monkeypatch.setattr(vit_caption, "vision_metrics", lambda encoder, settings: {"of": type(encoder).__name__})
+    monkeypatch.setattr(vit_teacher, "vision_metrics", lambda encoder, settings: {"of": type(encoder).__name__})
     return asked
 
 

@@ -4,7 +4,7 @@ import torch
 
 from smalti.core.files import read_json
 from smalti.data.emoji import load_emoji
-from smalti.recipes import vit_self
+from smalti.recipes import vit_self, vit_teacher
 from smalti.recipes.vit_self import PRESETS, VitSelfRecipe, train
 from smalti.tokenizers.vision_encoder import VisionTransformer
 from smalti.training.config import TrainConfig
@@ -25,7 +25,7 @@ def test_it_writes_the_encoder_alone_and_resumes(tmp_path, monkeypatch):
         return load_emoji(split, styles=["noto"], topics=["animals"])
 
     monkeypatch.setattr(vit_self, "load_emoji", load)
-    monkeypatch.setattr(vit_self, "vision_metrics", lambda encoder, settings: {})
+    monkeypatch.setattr(vit_teacher, "vision_metrics", lambda encoder, settings: {})
     folder = train(TINY, tmp_path)
     assert asked == ["train", "held-out"]
     card = read_json(folder / "smalti.json")

@@ -1,8 +1,9 @@
 """What hidden states know: a linear probe of them, and how alike their neighbourhoods are to those of other features.
 
 Probe: the class is read off by ridge regression onto one-hot targets, in closed form, with features standardised on the
-training samples; the penalty is chosen on a part of these. CKNNA (arXiv 2405.07987, appendix A): with centred kernels K
-and L of two sets of features and alpha(i, j) = 1 where j is among the k nearest neighbours of i in both,
+training samples; the penalty is chosen on a fifth of their groups, kept whole. CKNNA (arXiv 2405.07987, appendix A):
+with centred kernels K and L of two sets of features and alpha(i, j) = 1 where j is among the k nearest neighbours of i
+in both,
 
     Align(K, L) = sum_ij alpha(i, j) K_ij L_ij,   CKNNA = Align(K, L) / sqrt(Align(K, K) Align(L, L)).
 
@@ -22,7 +23,7 @@ from smalti.seams.taps import Taps
 
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 CHOSEN_ON = 5
-"""One training sample in so many chooses the penalty."""
+"""One group of training samples in so many chooses the penalty."""
 
 
 @torch.no_grad()
@@ -52,30 +53,33 @@ def hidden_states(
     return {depth: torch.cat(parts) for depth, parts in found.items()}
 
 
-def linear_probe(features: Tensor, classes: Tensor, unseen: Tensor, unseen_classes: Tensor) -> float:
+def linear_probe(features: Tensor, classes: Tensor, groups: Tensor, unseen: Tensor, unseen_classes: Tensor) -> float:
     """Share of unseen samples whose class a linear probe names.
 
     Args:
         features: of the training samples (S, D).
         classes: theirs (S,), long, from 0.
+        groups: what near duplicates share, such as their concept (S,); none stands on both sides of the choice.
         unseen: features of other samples (U, D).
         unseen_classes: theirs (U,).
 
     Raises:
-        UserError: counts do not agree, or there are fewer than 2 classes.
+        UserError: counts do not agree, or there are fewer than 2 classes or groups.
     """
-    if len(features) != len(classes) or len(unseen) != len(unseen_classes) or len(classes.unique()) < 2:
+    known_groups = groups.unique()
+    is_whole = len(features) == len(classes) == len(groups) and len(unseen) == len(unseen_classes)
+    if not is_whole or len(classes.unique()) < 2 or len(known_groups) < 2:
         raise UserError(
-            f"got {len(features)} features of {len(classes.unique())} classes ({len(classes)} labels); "
-            "give one class a sample, at least 2 classes"
+            f"got {len(features)} features with {len(classes)} labels of {len(classes.unique())} classes and "
+            f"{len(groups)} of {len(known_groups)} groups; give one of each a sample, at least 2 classes and 2 groups"
         )
     mean, std = features.double().mean(0), features.double().std(0).clamp_min(1e-6)
 
     def standard(some: Tensor) -> Tensor:
         return torch.cat([(some.double() - mean) / std, torch.ones(len(some), 1, dtype=torch.float64)], dim=1)
 
-    rows = torch.arange(len(features))
-    part, rest = rows % CHOSEN_ON == 0, rows % CHOSEN_ON != 0
+    part = torch.isin(groups, known_groups[::CHOSEN_ON])
+    rest = ~part
     known = standard(features)
     best = max(
         PENALTIES, key=lambda one: _accuracy(_ridge(known[rest], classes[rest], one), known[part], classes[part])

@@ -19,7 +19,7 @@ from smalti.core.protocols import Batch, Cond, Objective, TextEmbedding
 from smalti.data.emoji import STYLES, EmojiSet, load_emoji
 from smalti.data.latent_cache import LatentCache, build_cache, cache_key
 from smalti.data.packages import cache_folder
-from smalti.evaluation.emoji_metrics import drawn_distance, spread
+from smalti.evaluation.emoji_metrics import concept_numbers, drawn_distance, spread
 from smalti.evaluation.probe import hidden_states, linear_probe
 from smalti.objectives.flow_matching import FlowMatching
 from smalti.recipes.emoji import latent_source
@@ -173,7 +173,8 @@ def group_probe(model: ModelMixin, depth: int, t: float = 0.3, count: int = 2000
     ]
     classes = [torch.tensor([names.index(item.group) for item in pictures.items])
                for pictures in (shared.train_pictures, shared.held_out_pictures)]  # fmt: skip
-    return linear_probe(states[0], classes[0][rows], states[1], classes[1])
+    concepts = concept_numbers(shared.train_pictures)[rows]
+    return linear_probe(states[0], classes[0][rows], concepts, states[1], classes[1])
 
 
 def _without_conditions(source: LatentSource, rows: Sequence[int]) -> Iterator[Batch]:

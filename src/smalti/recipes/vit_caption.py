@@ -4,7 +4,7 @@ The mean of its patch tokens is contrasted with the MiniLM vectors of the captio
 topics. It plays the part that CLIP has for large models.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from smalti.core.files import atomic_folder, check_writable, write_json
+from smalti.core.files import check_writable
 from smalti.data.emoji import EmojiSet, captions, load_emoji
 from smalti.evaluation.emoji_metrics import concept_numbers
 from smalti.evaluation.judges import distractors
 from smalti.objectives.caption_contrast import CaptionContrast, CaptionContrastModel
-from smalti.recipes.vit_metrics import vision_metrics
+from smalti.recipes.vit_teacher import write_teacher
 from smalti.tokenizers.text_encoder import EmbeddingCache, MiniLMEncoder
 from smalti.tokenizers.vision_encoder import VisionTransformer
 from smalti.training.config import TrainConfig
@@ -26,7 +26,6 @@ from smalti.training.messages import is_main
 from smalti.training.processes import join_processes
 from smalti.training.trainer import Trainer
 from smalti.training.view_source import ViewSource
-from smalti.zoo.loader import CARD, cast_weights, provenance, settings_hash
 
 TEXT_LENGTH = 32
 CANDIDATES = 20
@@ -86,21 +85,15 @@ def train(recipe: VitCaptionRecipe, out: Path, resume: bool = False) -> Path:
     model = CaptionContrastModel(encoder, encoder.width, text.width)
     whole_from = round(recipe.training.steps * (1 - recipe.whole))
     objective = CaptionContrast(encoder.base_size**2, recipe.keep, whole_from)
-    card: dict[str, Any] = {"recipe": "vit-caption", "data_hash": pictures.hash}
     trainer = Trainer(
         model, objective, source, recipe.training, out / "training", held_out=unseen,
-        description=card | {"encoder": recipe.encoder},
+        description={"recipe": "vit-caption", "data_hash": pictures.hash, "encoder": recipe.encoder},
     )  # fmt: skip
     report = trainer.fit(resume=resume)
     if is_main():
         trained: Any = trainer.ema_model.eval()
-        settings = asdict(recipe)
-        metrics = vision_metrics(trained.encoder, recipe.encoder)
-        metrics["first of 20 captions"] = round(retrieval(trained, held_out, unseen), 4)
-        card |= {"settings": settings, "settings_hash": settings_hash(settings), "metrics": metrics}
-        card |= {"images_seen": report.steps * recipe.training.batch, "ended": report.ended}
-        card |= {"held_out_loss": report.held_out_loss}
-        write_encoder(trained.encoder, out / "model", card)
+        found = {"first of 20 captions": round(retrieval(trained, held_out, unseen), 4)}
+        write_teacher(trained.encoder, recipe, "vit-caption", pictures.hash, report, out, **found)
     join_processes().wait_for_everyone()
     return out / "model"
 
@@ -119,18 +112,9 @@ def retrieval(model: CaptionContrastModel, pictures: EmojiSet, source: ViewSourc
     starts = range(0, len(pictures), 64)
     parts = [model(pictures.pixels(range(i, min(i + 64, len(pictures))))).vectors for i in starts]
     vectors = functional.normalize(torch.cat(parts), dim=-1)
-    labels: Tensor = functional.normalize(
-        source.text[source.rows[:, 0]].float(), dim=-1
-    )  # the plain labels stand first
+    plain = source.text[source.rows[:, 0]].float()  # the plain labels stand first
+    labels: Tensor = functional.normalize(plain, dim=-1)
     wrong = distractors([item.label for item in pictures.items], CANDIDATES - 1, seed=0)
     candidates = torch.cat([labels[:, None], labels[wrong]], 1)  # (N, 20, T)
     scores = torch.einsum("nd,nkd->nk", vectors, candidates)
     return float((scores[:, 1:] < scores[:, :1]).all(1).float().mean())
-
-
-def write_encoder(encoder: VisionTransformer, folder: Path, card: dict[str, Any]) -> None:
-    """Writes weights in bfloat16, config and card as one whole folder."""
-    with atomic_folder(folder) as temporary:
-        encoder.save_pretrained(temporary)
-        cast_weights(temporary, torch.bfloat16)
-        write_json(temporary / CARD, card | provenance())

@@ -4,7 +4,7 @@ A masked autoencoder sees a quarter of the patches and paints the rest; its enco
 alone, all styles, all topics. It plays the part that MAE and DINO have for large models.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,13 @@ from smalti.core.files import check_writable
 from smalti.data.emoji import load_emoji
 from smalti.evaluation.emoji_metrics import concept_numbers
 from smalti.objectives.masked_autoencoding import MaskedAutoencoder, MaskedAutoencoding
-from smalti.recipes.vit_caption import write_encoder
-from smalti.recipes.vit_metrics import vision_metrics
+from smalti.recipes.vit_teacher import write_teacher
 from smalti.tokenizers.vision_encoder import VisionTransformer
 from smalti.training.config import TrainConfig
 from smalti.training.messages import is_main
 from smalti.training.processes import join_processes
 from smalti.training.trainer import Trainer
 from smalti.training.view_source import ViewSource
-from smalti.zoo.loader import settings_hash
 
 
 @dataclass(frozen=True)
@@ -71,19 +69,15 @@ def train(recipe: VitSelfRecipe, out: Path, resume: bool = False) -> Path:
     patch_values = encoder.x_embedder.in_features
     model = MaskedAutoencoder(encoder, encoder.width, encoder.base_size, patch_values, **recipe.decoder)
     objective = MaskedAutoencoding(encoder.patch_size, recipe.hidden, recipe.floor)
-    card: dict[str, Any] = {"recipe": "vit-self", "data_hash": pictures.hash}
     trainer = Trainer(
         model, objective, source, recipe.training, out / "training", held_out=unseen,
-        description=card | {"encoder": recipe.encoder, "decoder": recipe.decoder},
+        description={
+            "recipe": "vit-self", "data_hash": pictures.hash, "encoder": recipe.encoder, "decoder": recipe.decoder,
+        },
     )  # fmt: skip
     report = trainer.fit(resume=resume)
     if is_main():
         trained: Any = trainer.ema_model.eval()
-        settings = asdict(recipe)
-        metrics = vision_metrics(trained.encoder, recipe.encoder)
-        card |= {"settings": settings, "settings_hash": settings_hash(settings), "metrics": metrics}
-        card |= {"images_seen": report.steps * recipe.training.batch, "ended": report.ended}
-        card |= {"held_out_loss": report.held_out_loss}
-        write_encoder(trained.encoder, out / "model", card)
+        write_teacher(trained.encoder, recipe, "vit-self", pictures.hash, report, out)
     join_processes().wait_for_everyone()
     return out / "model"

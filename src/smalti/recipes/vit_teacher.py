@@ -1,22 +1,62 @@
-"""What the small vision transformers know of pictures that they were never shown: probes of frozen features.
+"""What the recipes of small vision transformers share: measuring the encoder, and writing it.
+
+What an encoder knows of pictures that it was never shown is read off by probes of its frozen features.
 
 Labels are the nine groups of emojibase; a probe is fitted on training concepts and judged on held-out ones. Beside it
 stand the same probes of an untrained transformer and of the pixels themselves.
 """
 
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d
 
+from smalti.core.files import atomic_folder, write_json
 from smalti.data.emoji import EmojiSet, load_emoji
+from smalti.evaluation.emoji_metrics import concept_numbers
 from smalti.evaluation.probe import linear_probe
 from smalti.tokenizers.vision_encoder import VisionTransformer
+from smalti.training.trainer import TrainReport
+from smalti.zoo.loader import CARD, cast_weights, provenance, settings_hash
 
 BATCH = 64
 PIXEL_SIDE = 32
 PATCH_PROBES = 30000
+
+
+def write_teacher(
+    encoder: VisionTransformer, recipe: Any, name: str, data_hash: str, report: TrainReport, out: Path, **metrics: float
+) -> Path:
+    """Measures an encoder and writes weights in bfloat16, config and card as one whole folder, `out / "model"`.
+
+    Args:
+        encoder: trained.
+        recipe: its settings, with `encoder` and `training`.
+        name: of the recipe.
+        data_hash: of the pictures.
+        report: of its training.
+        out: where `model` is written.
+        metrics: further figures.
+    """
+    settings = asdict(recipe)
+    card = {
+        "recipe": name,
+        "data_hash": data_hash,
+        "settings": settings,
+        "settings_hash": settings_hash(settings),
+        "metrics": vision_metrics(encoder, recipe.encoder) | metrics,
+        "images_seen": report.steps * recipe.training.batch,
+        "ended": report.ended,
+        "held_out_loss": report.held_out_loss,
+    }
+    with atomic_folder(out / "model") as temporary:
+        encoder.save_pretrained(temporary)
+        cast_weights(temporary, torch.bfloat16)
+        write_json(temporary / CARD, card | provenance())
+    return out / "model"
 
 
 def vision_metrics(encoder: VisionTransformer, settings: dict[str, Any]) -> dict[str, Any]:
@@ -32,7 +72,7 @@ def vision_metrics(encoder: VisionTransformer, settings: dict[str, Any]) -> dict
     train, held_out = load_emoji("train"), load_emoji("held-out")
     names = sorted({item.group for item in train.items})
     labels, unseen = ([names.index(item.group) for item in pictures.items] for pictures in (train, held_out))
-    labels, unseen = torch.tensor(labels), torch.tensor(unseen)
+    labels, unseen, concepts = torch.tensor(labels), torch.tensor(unseen), concept_numbers(train)
     tokens, other = picture_tokens(encoder, train), picture_tokens(encoder, held_out)
     random = VisionTransformer.untrained(**settings)
     pooled = {
@@ -41,7 +81,8 @@ def vision_metrics(encoder: VisionTransformer, settings: dict[str, Any]) -> dict
         "pixels": (small_pixels(train), small_pixels(held_out)),
     }
     found: dict[str, Any] = {
-        f"group probe, {name}": round(linear_probe(one, labels, two, unseen), 4) for name, (one, two) in pooled.items()
+        f"group probe, {name}": round(linear_probe(one, labels, concepts, two, unseen), 4)
+        for name, (one, two) in pooled.items()
     }
     found["group probe, most frequent"] = round(float((unseen == labels.mode().values).float().mean()), 4)
     drawn, drawn_other = (drawn_patches(one, encoder.patch_size) for one in (train, held_out))
@@ -49,7 +90,9 @@ def vision_metrics(encoder: VisionTransformer, settings: dict[str, Any]) -> dict
     rows = rows[:: max(1, len(rows) // PATCH_PROBES)]
     picture, patch = rows.unbind(1)
     picture_, patch_ = drawn_other.nonzero().unbind(1)
-    single = linear_probe(tokens[picture, patch], labels[picture], other[picture_, patch_], unseen[picture_])
+    single = linear_probe(
+        tokens[picture, patch], labels[picture], concepts[picture], other[picture_, patch_], unseen[picture_]
+    )
     found["group probe, single patch"] = round(single, 4)
     centred = other - other.mean((0, 1))
     within = (other - other.mean(1, keepdim=True)).square().sum() / centred.square().sum()

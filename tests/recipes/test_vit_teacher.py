@@ -1,8 +1,8 @@
 import torch
 
 from smalti.data.emoji import load_emoji
-from smalti.recipes import vit_metrics
-from smalti.recipes.vit_metrics import drawn_patches, picture_tokens, small_pixels, vision_metrics
+from smalti.recipes import vit_teacher
+from smalti.recipes.vit_teacher import drawn_patches, picture_tokens, small_pixels, vision_metrics
 from smalti.tokenizers.vision_encoder import VisionTransformer
 
 SETTINGS = {"depth": 1, "heads": 2, "head_dim": 8}
@@ -22,7 +22,7 @@ def test_tokens_come_in_the_order_of_the_set():
     encoder = VisionTransformer.untrained(**SETTINGS)
     tokens = picture_tokens(encoder, pictures)
     assert tokens.shape == (len(pictures), 64, 16)
-    assert len(pictures) > vit_metrics.BATCH
+    assert len(pictures) > vit_teacher.BATCH
     assert torch.allclose(tokens[70], encoder(pictures.pixels([70]))[0], atol=1e-5)
     assert small_pixels(pictures).shape == (len(pictures), 3 * 32 * 32)
 
@@ -30,9 +30,9 @@ def test_tokens_come_in_the_order_of_the_set():
 def test_an_encoder_that_ignores_pictures_is_seen_through(monkeypatch):
     """The probe of a constant feature is the most frequent group; what is left of the untrained one is more."""
     monkeypatch.setattr(
-        vit_metrics, "load_emoji", lambda split: load_emoji(split, styles=["noto"], topics=["food", "smileys"])
+        vit_teacher, "load_emoji", lambda split: load_emoji(split, styles=["noto"], topics=["food", "smileys"])
     )
-    monkeypatch.setattr(vit_metrics, "PIXEL_SIDE", 8)
+    monkeypatch.setattr(vit_teacher, "PIXEL_SIDE", 8)
     blind = VisionTransformer.untrained(1, **SETTINGS)
     torch.nn.init.zeros_(blind.x_embedder.weight)
     found = vision_metrics(blind, SETTINGS)
