@@ -9,7 +9,7 @@ from smalti.backbones.block_order import ORDERS
 from smalti.core.errors import UserError
 from smalti.nn.block_attention import BlockContext
 from smalti.nn.ffn import FeedForward
-from smalti.nn.joint_blocks import DoubleBlock, JointContext
+from smalti.nn.joint_blocks import JointContext
 from smalti.nn.modulation import Modulation, modulated_norm
 from smalti.nn.rope import grid_rope
 
@@ -138,18 +138,18 @@ def joint_inputs():
     return text, image, JointContext(torch.randn(2, D), rope, None, "auto")
 
 
-def test_the_standard_joint_block_is_a_double_block():
-    torch.manual_seed(1)
-    double = DoubleBlock(D, 2)
-    torch.manual_seed(1)
-    joint = JointBlock(D, 2)
-    for (name, one), (other_name, other) in zip(double.state_dict().items(), joint.state_dict().items(), strict=True):
-        assert name == other_name
-        assert torch.equal(one, other)
-    joint.load_state_dict(awake(double).state_dict())
-    given = joint_inputs()
-    for one, other in zip(joint(*given), double(*given)):
-        assert torch.equal(one, other)
+def test_a_standard_joint_block_by_hand():
+    block = awake(JointBlock(D, 2))
+    text, image, context = joint_inputs()
+    (ta, tf), (ia, jf) = block.modulation_text(context.activated), block.modulation(context.activated)
+    normed = modulated_norm(image, ia.shift, ia.scale), modulated_norm(text, ta.shift, ta.scale)
+    i_out, t_out = block.attn(normed[0], 2, context, text=normed[1], of_text=block.attn_text)
+    t, i = text + ta.gate * t_out, image + ia.gate * i_out
+    t = t + tf.gate * block.ffn_text(modulated_norm(t, tf.shift, tf.scale))
+    i = i + jf.gate * block.ffn(modulated_norm(i, jf.shift, jf.scale))
+    got = block(text, image, context)
+    torch.testing.assert_close(got.text, t)
+    torch.testing.assert_close(got.image, i)
 
 
 def test_a_macaron_joint_block_by_hand():

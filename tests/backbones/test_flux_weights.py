@@ -102,6 +102,8 @@ def test_state_dict_is_a_source():
 def test_refuses_by_name():
     with pytest.raises(UserError, match="labels"):
         mmdit_to_flux(MMDiT.tiny())
+    with pytest.raises(UserError, match="macaron"):
+        mmdit_to_flux(MMDiT(num_single=1, block_order="macaron"))
     with pytest.raises(UserError, match="ffn_ratio"):
         mmdit_to_flux(MMDiT(num_single=1, num_double=0, ffn_ratio=2.0))
     weights = flux_of(TINY).state_dict()

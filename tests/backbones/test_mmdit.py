@@ -54,6 +54,14 @@ def test_no_label_is_the_none_row():
     assert torch.equal(model(x, t, cond), model(x, t, none))
 
 
+def test_double_blocks_in_another_order_are_another_model_that_is_saved_as_such(tmp_path):
+    model, cond, x, t = awake(block_order="macaron"), conditions(), torch.randn(X), torch.rand(2)
+    assert {name for name, _ in model.double_blocks[0].named_children()} >= {"ffn_a", "ffn_b_text"}
+    model.save_pretrained(tmp_path)
+    again = MMDiT.from_pretrained(tmp_path)
+    assert torch.equal(again(x, t, cond), model.eval()(x, t, cond))
+
+
 def test_the_place_of_a_token_matters():
     model, t, cond = awake(), torch.rand(1), conditions(1)
     x = torch.randn(1, 4, 6, 8)

@@ -132,7 +132,7 @@ class TransformerBlock(nn.Module):
 
 
 class JointBlock(nn.Module):
-    """A block on text and image with weights of their own and joint attention; "standard" is `DoubleBlock`.
+    """A block on text and image with weights of their own and joint attention; "standard" is FLUX.1's double block.
 
     Args:
         width: D = heads * head_dim.

@@ -75,6 +75,8 @@ def mmdit_to_flux(model: MMDiT) -> FluxTransformer2DModel:
     config = model.config
     if config["num_labels"]:
         raise UserError(f"Flux has no place for the {config['num_labels']} labels of this model; convert one without")
+    if config["block_order"] != "standard":
+        raise UserError(f"Flux has blocks in the standard order, this model {config['block_order']!r}")
     if config["ffn_ratio"] != FLUX_FFN_RATIO:
         raise UserError(
             f"Flux has ffn_ratio {FLUX_FFN_RATIO}, this model {config['ffn_ratio']}; train one with the former"

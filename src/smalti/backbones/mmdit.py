@@ -15,11 +15,13 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from smalti.backbones.block import JointBlock
+from smalti.backbones.block_order import Order
 from smalti.core.errors import UserError
 from smalti.core.protocols import Cond
 from smalti.nn.embeddings import LabelEmbedder, TimeEmbedder, VectorEmbedder
 from smalti.nn.initialise import draw_weights
-from smalti.nn.joint_blocks import DoubleBlock, JointContext, SingleBlock
+from smalti.nn.joint_blocks import JointContext, SingleBlock
 from smalti.nn.modulation import FinalNorm
 from smalti.nn.patchify import patchify, unpatchify
 from smalti.nn.rope import grid_rope
@@ -40,7 +42,8 @@ class MMDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         num_labels: number of styles or classes; 0 = the model takes no label. Index `num_labels` means "none".
         guidance_embeds: whether the guidance scale is an input (guidance-distilled models).
         axes_dims_rope: channels of the three rotary axes (unused axis, row, column); their sum is head_dim.
-        ffn_ratio: hidden width of the feed-forward layers over the width.
+        ffn_ratio: hidden width of a block's feed-forward layers together, over the width.
+        block_order: sublayers of a double block, a name of `block_order.ORDERS` or a list of (sublayer, factor).
 
     Example:
         >>> model = MMDiT.tiny()
@@ -50,8 +53,8 @@ class MMDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["DoubleBlock", "SingleBlock"]
-    _repeated_blocks = ["DoubleBlock", "SingleBlock"]
+    _no_split_modules = ["JointBlock", "SingleBlock"]
+    _repeated_blocks = ["JointBlock", "SingleBlock"]
     _skip_layerwise_casting_patterns = ["norm"]
 
     @register_to_config
@@ -69,6 +72,7 @@ class MMDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         guidance_embeds: bool = False,
         axes_dims_rope: tuple[int, ...] = (8, 12, 12),
         ffn_ratio: float = 4.0,
+        block_order: str | Order = "standard",
     ):
         super().__init__()
         axes = tuple(axes_dims_rope)
@@ -85,7 +89,7 @@ class MMDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.pooled_embedder = VectorEmbedder(pooled_dim, width)
         self.guidance_embedder = TimeEmbedder(width) if guidance_embeds else None
         self.label_embedder = LabelEmbedder(num_labels, width) if num_labels else None
-        self.double_blocks = nn.ModuleList(DoubleBlock(width, heads, ffn_ratio) for _ in range(num_double))
+        self.double_blocks = nn.ModuleList(JointBlock(width, heads, ffn_ratio, block_order) for _ in range(num_double))
         self.single_blocks = nn.ModuleList(SingleBlock(width, heads, ffn_ratio) for _ in range(num_single))
         self.final_norm = FinalNorm(width)
         self.proj_out = nn.Linear(width, in_channels * patch_size**2)

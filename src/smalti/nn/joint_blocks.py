@@ -1,10 +1,10 @@
-"""The two blocks of a joint-attention transformer (MMDiT).
+"""Attention of a joint-attention transformer (MMDiT), and its block on one joint stream.
 
-`DoubleBlock`: text and image have their own norms, projections and feed-forward layers and meet in one attention over
-the joint sequence, text first. `SingleBlock`: one stream, attention and feed-forward in parallel from the same norm.
-Queries and keys pass an RMS norm before their rotation. M text tokens, N image tokens, L = M + N.
+Text and image have projections of their own and meet in one attention over the joint sequence, text first; queries and
+keys pass an RMS norm before their rotation. `SingleBlock`: one stream, attention and feed-forward in parallel from the
+same norm; the block on two streams is `backbones.block.JointBlock`. M text tokens, N image tokens, L = M + N.
 
-Source: Stable Diffusion 3 (arXiv 2403.03206, figure 2) for double blocks; parallel single blocks (arXiv 2302.05442,
+Source: Stable Diffusion 3 (arXiv 2403.03206, figure 2) for joint attention; parallel single blocks (arXiv 2302.05442,
 section 2) and their combination as in FLUX.1.
 """
 
@@ -117,44 +117,6 @@ class StreamAttention(StreamProjections):
         )
         joint = attend_qkv(torch.cat([of_text.to_qkv(text), self.to_qkv(x)], dim=1), weight, heads, context)
         return self.to_out(joint[:, length:]), of_text.to_out(joint[:, :length])
-
-
-class DoubleBlock(nn.Module):
-    """Text and image streams with their own weights and one joint attention.
-
-    Args:
-        width: D = heads * head_dim.
-        heads: h.
-        ffn_ratio: hidden width of the feed-forward layers over D.
-    """
-
-    def __init__(self, width: int, heads: int, ffn_ratio: float = 4.0):
-        super().__init__()
-        self.heads = heads
-        self.modulation = Modulation(width, sublayers=2)
-        self.modulation_text = Modulation(width, sublayers=2)
-        self.attn = StreamAttention(width, width // heads)
-        self.attn_text = StreamProjections(width, width // heads)
-        self.ffn = FeedForward(width, ffn_ratio)
-        self.ffn_text = FeedForward(width, ffn_ratio)
-
-    def forward(self, text: Tensor, image: Tensor, context: JointContext) -> Streams:
-        """Text (B, M, D) and image (B, N, D) to the same shapes."""
-        image_attn, image_ffn = self.modulation(context.activated)
-        text_attn, text_ffn = self.modulation_text(context.activated)
-        image_out, text_out = self.attn(
-            modulated_norm(image, image_attn.shift, image_attn.scale),
-            self.heads,
-            context,
-            text=modulated_norm(text, text_attn.shift, text_attn.scale),
-            of_text=self.attn_text,
-        )
-        assert text_out is not None
-        text = gated_add(text, text_attn.gate, text_out)
-        image = gated_add(image, image_attn.gate, image_out)
-        image = gated_add(image, image_ffn.gate, self.ffn(modulated_norm(image, image_ffn.shift, image_ffn.scale)))
-        text = gated_add(text, text_ffn.gate, self.ffn_text(modulated_norm(text, text_ffn.shift, text_ffn.scale)))
-        return Streams(text, image)
 
 
 class SingleBlock(nn.Module):
