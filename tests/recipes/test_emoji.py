@@ -65,3 +65,13 @@ def test_styles_captions_and_shifts_reach_the_source(tmp_path):
     again = source.batch(torch.tensor([1]), [torch.Generator().manual_seed(1)])
     assert torch.equal(batch.x0[1], again.x0[0])
     assert torch.equal(batch.cond.text[1], again.cond.text[0])
+
+
+def test_deviations_of_the_posterior_are_those_of_the_normalised_latents(tmp_path):
+    pictures = load_emoji("held-out", styles=["noto"], topics=["hearts"])
+    autoencoder = ConvAutoencoder(**TINY.autoencoder).eval()
+    autoencoder.latents_std.fill_(0.5)
+    source = latent_source(autoencoder, pictures, MiniLMEncoder(length=8), ("noto",), tmp_path, is_drawn=True)
+    rows = torch.arange(len(pictures))
+    logvar = autoencoder.encode(pictures.pixels()).statistics["logvar"]
+    assert torch.allclose(source.deviations[0][rows], (0.5 * logvar).exp() / 0.5, rtol=1e-3)

@@ -92,3 +92,14 @@ def test_features_come_from_the_view_that_was_drawn(captions):
     batch = source.batch(torch.arange(6).repeat(20), generators_for(range(120)))
     assert torch.equal(batch.cond.extra["teacher"][:, 0, 0], batch.x0.flatten() * 10)
     assert len((batch.x0 // 100).unique()) == 3
+
+
+def test_a_sample_is_drawn_from_its_posterior_anew_and_by_its_own_generator(captions):
+    spread = [torch.full_like(view, 0.1) for view in VIEWS]
+    labels = torch.zeros(6, dtype=torch.long)
+    plain, drawn = LatentSource(VIEWS, captions, labels, 2), LatentSource(VIEWS, captions, labels, 2, deviations=spread)
+    noise = draws(drawn, 3).x0 - draws(plain, 3).x0
+    assert abs(float(noise.std()) - 0.1) < 0.02
+    assert abs(float(noise.mean())) < 0.02
+    assert torch.equal(draws(drawn, 3).cond.text, draws(plain, 3).cond.text)
+    assert torch.equal(draws(drawn, 3, 5).x0, draws(drawn, 3, 400).x0[:5])

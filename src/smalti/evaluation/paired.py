@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from smalti.core.system import Outcome
+from smalti.core.system import Check, Outcome
 
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262, 11: 2.228,
          12: 2.201, 13: 2.179, 14: 2.160, 15: 2.145}  # fmt: skip
@@ -38,6 +38,10 @@ class Comparison:
     low: float
     high: float
     pairs: int
+
+    def check(self, name: str, rule: str) -> Check:
+        """Ours as a further figure of a claim."""
+        return Check(name, self.ours, rule, self.outcome == "holds")
 
 
 def compare(ours: Sequence[float], theirs: Sequence[float], factor: float = 1.0, below: bool = True) -> Comparison:

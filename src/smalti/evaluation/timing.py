@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from smalti.core.errors import UserError
+from smalti.core.system import Outcome
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,12 @@ class Ratio:
     first: float
     second: float
     pairs: int
+
+    def outcome(self, threshold: float, below: bool = False) -> Outcome:
+        """Whether the ratio lies above a threshold (or below it), with its whole interval."""
+        is_right = self.high < threshold if below else self.low > threshold
+        is_wrong = self.median >= threshold if below else self.median <= threshold
+        return "holds" if is_right else "fails" if is_wrong else "unresolved"
 
     @property
     def reaches_one(self) -> bool:

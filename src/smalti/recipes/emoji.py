@@ -5,7 +5,7 @@ transformer learns flow matching on the latents. `cpu`: 8 x 8 tokens and the con
 cores; `gpu`: 16 x 16 tokens, all concepts, skin tones too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from torch import Tensor
 
 from smalti.backbones.mmdit import MMDiT
 from smalti.core.files import atomic_folder, check_writable
+from smalti.core.protocols import Latents
 from smalti.data.emoji import STYLES, EmojiSet, captions, load_emoji
-from smalti.data.latent_cache import build_cache, cache_key
+from smalti.data.latent_cache import LatentCache, build_cache, cache_key
 from smalti.evaluation.emoji_metrics import emoji_metrics
 from smalti.evaluation.sheet import sheet
 from smalti.objectives.flow_matching import FlowMatching
@@ -212,20 +213,28 @@ def latent_source(
     styles: Sequence[str],
     cache: Path,
     shifts: Sequence[tuple[int, int]] = ((0, 0),),
+    is_drawn: bool = False,
 ) -> LatentSource:
-    """Latents of the pictures (once for each shift), embeddings of all their captions, styles as labels."""
-    views = []
-    for down, right in shifts:
+    """Latents of the pictures (once for each shift), embeddings of all their captions, styles as labels.
 
-        def encode(indices: Tensor, down: int = down, right: int = right) -> Tensor:
+    With `is_drawn` a sample is drawn from its posterior each time it is seen; otherwise it is the mean.
+    """
+
+    def table(down: int, right: int, read: Callable[[Latents], Tensor], *name: str) -> LatentCache:
+        def encode(indices: Tensor) -> Tensor:
             shifted = [shift_picture(picture, down, right) for picture in pictures.pixels(indices)]
-            return autoencoder.encode(torch.stack(shifted)).tensor
+            return read(autoencoder.encode(torch.stack(shifted)))
 
         keys = [f"{item.key}:{item.style}" for item in pictures.items]
-        key = cache_key(pictures.hash, weights_hash(autoencoder), down, right, *keys)
-        views.append(build_cache(cache, key, len(pictures), encode, progress=True))
+        key = cache_key(pictures.hash, weights_hash(autoencoder), down, right, *keys, *name)
+        return build_cache(cache, key, len(pictures), encode, progress=True)
+
+    def deviation(latents: Latents) -> Tensor:
+        return (0.5 * latents.statistics["logvar"]).exp() / autoencoder.latents_std[:, None, None]
+
     return LatentSource(
-        views=views,
+        views=[table(*shift, lambda latents: latents.tensor) for shift in shifts],
+        deviations=[table(*shift, deviation, "deviation") for shift in shifts] if is_drawn else None,
         captions=embed_captions([captions(item) for item in pictures.items], encoder),
         labels=torch.tensor([list(styles).index(item.style) for item in pictures.items]),
         dropped_label=len(styles),

@@ -49,7 +49,7 @@ class Stock:
     Args:
         autoencoder: latents <-> pixels.
         encoder: of text, cached.
-        train: samples of the training concepts, not shifted.
+        train: samples of the training concepts, not shifted, drawn from the posterior each time.
         held_out: samples of the others.
         train_pictures, held_out_pictures: the pictures behind them.
     """
@@ -71,7 +71,7 @@ def stock() -> Stock:
     train, held_out = load_emoji("train"), load_emoji("held-out")
     return Stock(
         autoencoder, encoder,
-        latent_source(autoencoder, train, encoder, STYLES, folder),
+        latent_source(autoencoder, train, encoder, STYLES, folder, is_drawn=True),
         latent_source(autoencoder, held_out, encoder, STYLES, folder),
         train, held_out,
     )  # fmt: skip

@@ -5,17 +5,14 @@ those around it. The keys of a region are gathered, and attention runs dense and
 attended keys, regions end closer to full attention than keys chosen blindly.
 """
 
-import torch
-from torch.nn.functional import scaled_dot_product_attention
-
 from smalti.acceleration.grat import GRAT, region_layout
 from smalti.core.system import Check, System, Verdict
 from smalti.evaluation.full_size import SUSTAINED, flux_dev
 from smalti.evaluation.held_out_prompts import draw_latents, held_out_prompts
 from smalti.evaluation.paired import compare
 from smalti.evaluation.same_cost import relative_distances
+from smalti.evaluation.sparse_attention import largest_error, sparse_ratio
 from smalti.evaluation.timing import paired_ratio
-from smalti.ops.block_mask import block_attention
 from smalti.seams.apply import apply
 
 SYSTEM = System(
@@ -46,20 +43,18 @@ def small(ctx) -> Verdict:
         with apply(pipe, GRAT(GROUP, region)):
             return draw_latents(pipe, prompts, STEPS, guidance_scale=guidance)
 
-    full = draw("all")
+    full, guided_full = draw("all"), draw("all", 3.0)
     regions = [*RIVALS, *(rival for rivals in RIVALS.values() for rival in rivals)]
     distances = {region: relative_distances(draw(region), full) for region in regions}
     means = {region: sum(some) / len(some) for region, some in distances.items()}
     best = {region: min(rivals, key=lambda rival: means[rival]) for region, rivals in RIVALS.items()}
     found = {region: compare(distances[region], distances[best[region]], 0.7) for region in RIVALS}
-    guided_full = draw("all", 3.0)
-    guided, rival = (relative_distances(draw(region, 3.0), guided_full) for region in (MAIN, best[MAIN]))
-    under_guidance = compare(guided, rival, 0.7)
-    error = _exactness()
+    guided = (relative_distances(draw(region, 3.0), guided_full) for region in (MAIN, best[MAIN]))
+    found[f"{MAIN} under guidance of 3"] = compare(next(guided), next(guided), 0.7)
+    main, error = found.pop(MAIN), largest_error(region_layout((1, 16, 16), GROUP, "block:8", 16))
     ctx.say("wall time at 4,096 tokens")
-    ratio, share = _wall_time(torch.device("cpu"), 64, (1, 8, 8), "block:1")
-    cross, cross_share = _wall_time(torch.device("cpu"), 64, (1, 8, 8), "cross")
-    main = found[MAIN]
+    layout = region_layout((1, 64, 64), (1, 8, 8), "block:1")
+    ratio = sparse_ratio(layout, ctx.device)
     return Verdict(
         measured=f"relative L2 distance of final latents to full attention, {STEPS} steps, region {MAIN}",
         unit="relative L2",
@@ -70,41 +65,28 @@ def small(ctx) -> Verdict:
         interval=(main.low, main.high),
         seeds=prompts.seeds,
         checks=(
-            *(
-                Check(region, one.ours, f"< 0.7 * {one.theirs:.4f}", one.outcome == "holds")
-                for region, one in found.items()
-                if region != MAIN
-            ),
-            Check(
-                f"{MAIN} under guidance of 3", under_guidance.ours, f"< 0.7 * {under_guidance.theirs:.4f}",
-                under_guidance.outcome == "holds",
-            ),
+            *(one.check(name, f"< 0.7 * {one.theirs:.4f}") for name, one in found.items()),
             Check("a region of all groups against full attention, largest error", error, "< 1e-5", error < 1e-5),
-            Check(
-                f"attention, full over block:1 ({share:.0%} attended), 4,096 tokens",
-                ratio.median,
-                ">= 2",
-                ratio.low >= 2,
-            ),
-            Check(f"attention, full over cross ({cross_share:.0%} attended), 4,096 tokens", cross.median),
+            Check(f"4,096 tokens, full over block:1 ({layout.attended:.0%})", ratio.median, ">= 2", ratio.low >= 2),
         ),
         figures={
             "distances": means,
             "attended": {region: region_layout((1, 16, 16), GROUP, region).attended for region in regions},
         },
-        notes=(
-            "emoji-1k, preset cpu: 256 tokens in groups of 2 x 2, not the 1,024 tokens in 4 x 4 of the gpu preset; one "
-            "branch a step, as in the guidance-distilled models of the paper: guidance multiplies what differs"
-        ),
+        notes="emoji-1k, preset cpu: 256 tokens in groups of 2 x 2, not 1,024 in 4 x 4 as with the gpu preset; one "
+        "branch a step, as in the guidance-distilled models of the paper: guidance multiplies what differs",
         tried=(
-            "first recorded run, guidance of 3, region cross at 23 % of the keys: 0.687 against 0.862, not 30 % lower",
+            "first recorded run, guidance of 3, cross at 23 % of the keys: 0.687 against 0.862, not 30 % lower",
+            "12 prompts of other seeds, by which the setting was chosen: cross 0.72 / 0.91 under guidance of 3, 0.63 / "
+            "1.00 without; block:1+cross 0.65 / 0.86 and 0.55 / 0.94; block:2 0.63 / 0.79 and 0.59 / 0.84",
         ),
     )  # fmt: skip
 
 
 def full(ctx) -> Verdict:
     """Attention of a 4K and an 8K picture (24 heads of 128, bf16), and FLUX.1-dev's shape at 2048 px."""
-    ratios = {side: _wall_time(ctx.device, side, (1, 16, 16), "block:1", heads=24, width=128) for side in (256, 512)}
+    layouts = {side: region_layout((1, side, side), (1, 16, 16), "block:1") for side in (256, 512)}
+    ratios = {side: sparse_ratio(layout, ctx.device, 24, 128) for side, layout in layouts.items()}
     model, run = flux_dev(ctx.device, 2048, 28)
 
     def sparse():
@@ -112,37 +94,19 @@ def full(ctx) -> Verdict:
             return run()
 
     whole = paired_ratio(run, sparse, repeats=10, warmup=3)
-    main, share = ratios[512]
+    main = ratios[512]
     return Verdict(
         measured="seconds of one attention over 262,144 tokens, region block:1 of 16 x 16 groups",
         unit="s",
         ours=main.second,
         comparators={"full": main.first},
         rule="ours < full / 10",
-        outcome="holds" if main.low > 10 else "fails" if main.median <= 10 else "unresolved",
+        outcome=main.outcome(10),
         interval=(main.low, main.high),
         checks=(
-            Check("65,536 tokens, full over ours", ratios[256][0].median),
+            Check("65,536 tokens, full over ours", ratios[256].median),
             Check("FLUX.1-dev's shape at 2048 px, 28 steps, every token over ours", whole.median),
         ),
-        figures={"attended": share, "flux_seconds": whole.first, "sustained": SUSTAINED[ctx.hardware]},
+        figures={"attended": layouts[512].attended, "flux_seconds": whole.first, "sustained": SUSTAINED[ctx.hardware]},
         notes="random numbers: time alone; the interval is of the ratio full / ours",
     )
-
-
-def _exactness() -> float:
-    q, k, v = (torch.randn(1, 6, 272, 32, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
-    layout = region_layout((1, 16, 16), GROUP, "block:8", 16)
-    out = block_attention(q, k, v, layout, backend="gather")
-    return (out - scaled_dot_product_attention(q, k, v)).abs().max().item()
-
-
-def _wall_time(device, side, group, region, heads=6, width=32):
-    """Seconds of plain attention over those of the sparse one on side x side tokens, and the attended share."""
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    q, k, v = (torch.randn(1, heads, side * side, width, device=device, dtype=dtype) for _ in range(3))
-    layout = region_layout((1, side, side), group, region)
-    ratio = paired_ratio(
-        lambda: scaled_dot_product_attention(q, k, v), lambda: block_attention(q, k, v, layout), repeats=10, warmup=3
-    )
-    return ratio, layout.attended

@@ -113,7 +113,7 @@ def full(ctx) -> Verdict:
         ours=ratio.first,
         comparators={"standard": ratio.second},
         rule="ours < 1.05 * standard",
-        outcome="holds" if ratio.high < 1.05 else "fails" if ratio.median >= 1.05 else "unresolved",
+        outcome=ratio.outcome(1.05, below=True),
         interval=(ratio.low, ratio.high),
         checks=(Check("training step, ours over standard", step.median, "< 1.05", step.high < 1.05),),
         notes="random weights: time alone; the interval is of the ratio ours / standard",

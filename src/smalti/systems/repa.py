@@ -29,6 +29,7 @@ SYSTEM = System(
     slug="repa",
     uses=(
         "training.repa.REPA", "training.alignment.AlignedModel", "seams.taps.Taps", "recipes.emoji_arm.train_emoji_arm",
+        "tokenizers.vision_encoder.VisionTransformer", "tokenizers.vision_backends.load_teacher",
         "evaluation.probe.linear_probe",
     ),
     models=("emoji", "vit-caption"),
@@ -83,6 +84,10 @@ def small(ctx) -> Verdict:
         ),
         figures={name: {key: arms.values(name, key) for key in arms.figures[name][0]} for name in ARMS},
         notes=f"DiT {DEPTH} x {WIDTH}, 64 tokens, aligned after block {ALIGNED}, probed after block {DEPTH // 2}",
+        tried=(
+            "seed 100, guidance of 2: plain 1324, vit-caption 1320, vit-self 1308, random 1333",
+            "a first recorded run, latents not drawn anew: ours 1363, plain 1372, probe 0.560 against 0.520",
+        ),
     )
 
 
@@ -113,7 +118,7 @@ def full(ctx) -> Verdict:
         ours=live.first,
         comparators={"plain": live.second, "cached": cached.first},
         rule="ours < 1.15 * plain",
-        outcome="holds" if live.high < 1.15 else "fails" if live.median >= 1.15 else "unresolved",
+        outcome=live.outcome(1.15, below=True),
         interval=(live.low, live.high),
         checks=(Check("with cached features, over plain", cached.median, "< 1.03", cached.high < 1.03),),
         figures={"images per second": {"live": samples / live.first, "plain": samples / live.second}},

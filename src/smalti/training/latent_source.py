@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from smalti.core.errors import UserError
 from smalti.core.protocols import Batch, Cond, TextEmbedding, TextEncoder
-from smalti.core.seeds import rand
+from smalti.core.seeds import rand, randn
 from smalti.training.messages import is_main, say
 
 CHUNK = 256
@@ -55,6 +55,8 @@ class LatentSource:
         groups: indices of the samples of each shape; None = all have one.
         text_dropout, label_dropout: how often a condition is dropped, in [0, 1].
         features: further tensors by name, one table a view: those of the view that was drawn come in `cond.extra`.
+        deviations: of the autoencoder's posterior, one table a view like the latents; each time a sample is seen it is
+            then drawn from its posterior anew. None: its mean.
     """
 
     views: Sequence[LatentTable]
@@ -65,6 +67,7 @@ class LatentSource:
     text_dropout: float = 0.1
     label_dropout: float = 0.1
     features: Mapping[str, Sequence[LatentTable]] = field(default_factory=dict)
+    deviations: Sequence[LatentTable] | None = None
 
     def __len__(self) -> int:
         return len(self.views[0])
@@ -74,6 +77,8 @@ class LatentSource:
         draw = rand((len(indices), 4), generators)  # phrasing, text dropped, label dropped, view
         view = (draw[:, 3] * len(self.views)).long()
         x0 = _rows(self.views, indices, view)
+        if self.deviations is not None:
+            x0 = x0 + _rows(self.deviations, indices, view) * randn(x0.shape, generators)
         extra = {name: _rows(tables, indices, view) for name, tables in self.features.items()}
         label = None
         if self.labels is not None:
