@@ -4,31 +4,18 @@ import json
 import sys
 
 import pytest
+from peer_shapes import TINY
 
 from smalti.core.discovery import load_benchmark
 from smalti.core.errors import UserError
-from smalti.evaluation.peer_hosts import Shape
 
 peers = load_benchmark("peers")
-SMALL = {
-    "flux": Shape(
-        {"num_layers": 1, "num_single_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2,
-         "joint_attention_dim": 12, "pooled_projection_dim": 6, "axes_dims_rope": (2, 2, 4)},
-        (1, 3, 4), 5,
-    ),
-    "wan": Shape(
-        {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 12, "freq_dim": 16, "ffn_dim": 24,
-         "num_layers": 3},
-        (2, 3, 4), 5,
-    ),
-    "dit": Shape({"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 3}, (1, 4, 4)),
-}  # fmt: skip
 SHORT = {"steps": 9, "warmup": 2, "interval": 3, "repeats": 1, "prompts": 2}
 
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(peers, "SMALL", SMALL)
+    monkeypatch.setattr(peers, "SMALL", TINY)
 
 
 def rows_of(result, model):

@@ -6,29 +6,17 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
+from peer_shapes import TINY
 from torch import nn
 
 from smalti.acceleration.taylorseer import TaylorSeer
 from smalti.core.errors import Refusal
 from smalti.evaluation import peers
-from smalti.evaluation.peer_hosts import Shape, random_host
+from smalti.evaluation.peer_hosts import random_host
 from smalti.evaluation.peers import Attached, NotInstalled, Schedule, Watch, held_bytes, twin
 from smalti.seams.apply import apply
 
 SCHEDULE = Schedule(steps=9, warmup=2, interval=3)
-TINY = {
-    "flux": Shape(
-        {"num_layers": 1, "num_single_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2,
-         "joint_attention_dim": 12, "pooled_projection_dim": 6, "axes_dims_rope": (2, 2, 4)},
-        (1, 3, 4), 5,
-    ),
-    "wan": Shape(
-        {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 12, "freq_dim": 16, "ffn_dim": 24,
-         "num_layers": 3},
-        (2, 3, 4), 5,
-    ),
-    "dit": Shape({"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 3}, (1, 4, 4)),
-}  # fmt: skip
 
 
 @pytest.fixture(params=TINY)
