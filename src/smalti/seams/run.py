@@ -5,7 +5,7 @@ sample shape, dtype or device begins a new run, and so does a repeat of the very
 with other conditioning are branches of guidance; with the same conditioning they are further evaluations of a
 second-order solver. An argument that changes from one time to the next while the text stays is no conditioning but
 moves with the run, such as the sound that is denoised beside a video. What cannot be inferred is said: a lane, a
-branch, the begin of a run.
+branch, the beginning of a run.
 """
 
 import re
@@ -128,7 +128,7 @@ class ThreadRuns:
     steps: int | Callable[[], int | None] | None = None
 
     def begin(self) -> Run:
-        """A new run in the current lane; how many steps it takes is asked for now."""
+        """A new run in the current lane; only at its beginning does a pipeline know how many steps it takes."""
         self.runs[self.lane] = Run(self.lane, self.steps() if callable(self.steps) else self.steps)
         return self.runs[self.lane]
 
