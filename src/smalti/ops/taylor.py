@@ -51,11 +51,14 @@ def update(state: TaylorState, value: Tensor, place: float, is_derived: bool = T
         is_derived: whether derivatives are renewed; otherwise only the value is kept.
     """
     state.dtype, state.device = value.dtype, value.device
-    old = [_fetched(state, factor) for factor in state.factors] if is_derived else []
-    factors = [value.detach().to(state.store or value.dtype, copy=True)]
-    for i, before in enumerate(old[: state.order]):
+    old = state.factors if is_derived else []
+    # The memory of the old factors takes the new ones, each that of the one below it; the highest's takes the value.
+    is_reused = len(old) == state.order + 1 and not state.is_offloaded
+    known = value.detach()
+    factors = [old[-1].copy_(known) if is_reused else known.to(state.store or value.dtype, copy=True)]
+    for i, before in enumerate(_fetched(state, factor) for factor in old[: state.order]):
         distance = place - state.places[i if state.is_divided else 0]
-        factors.append((factors[i] - before) / distance)
+        factors.append(torch.sub(factors[i], before, out=before).div_(distance))
     state.factors = [factor.to("cpu") if state.is_offloaded else factor for factor in factors]
     state.places = [place, *state.places][: state.order + 1]
 
@@ -68,12 +71,15 @@ def predict(state: TaylorState, place: float) -> Tensor:
     """
     if not state.factors:
         raise ValueError("a forecast needs at least one value; call update first")
-    result = _fetched(state, state.factors[0]).clone()
+    result = _fetched(state, state.factors[0])
     weight = 1.0
     for i, factor in enumerate(state.factors[1:], start=1):
         weight *= place - state.places[i - 1] if state.is_divided else (place - state.places[0]) / i
-        result.add_(_fetched(state, factor), alpha=weight)
-    return result.to(state.dtype)
+        # One pass over memory a factor, and none to copy the first: forecasts of small models cost little else.
+        add = torch.add if i == 1 else torch.Tensor.add_
+        result = add(result, _fetched(state, factor), alpha=weight)
+    result = result.to(state.dtype)
+    return result.clone() if result is state.factors[0] else result
 
 
 def kept_bytes(state: TaylorState) -> int:
@@ -82,4 +88,4 @@ def kept_bytes(state: TaylorState) -> int:
 
 
 def _fetched(state: TaylorState, factor: Tensor) -> Tensor:
-    return factor.to(state.device, non_blocking=True)
+    return factor.to(state.device, non_blocking=True) if state.is_offloaded else factor
