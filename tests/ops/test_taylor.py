@@ -67,3 +67,23 @@ def test_factors_are_kept_as_asked_and_forecasts_have_the_values_dtype(store, si
 def test_nothing_to_forecast_from_is_an_error():
     with pytest.raises(ValueError, match="at least one value"):
         predict(TaylorState(1), 1.0)
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_factors_are_renewed_in_place_and_forecasts_are_their_own(order):
+    values = [torch.randn(3, 4) for _ in range(6)]
+    state, fresh = TaylorState(order), TaylorState(order, is_offloaded=True)
+    forecasts, memory = [], None
+    for place, value in enumerate(values):
+        given = value.clone()
+        update(state, given, float(place))
+        given.zero_()
+        update(fresh, value, float(place))
+        assert all(torch.equal(one, other) for one, other in zip(state.factors, fresh.factors, strict=True))
+        forecasts.append((predict(state, place + 0.5), predict(fresh, place + 0.5)))
+        if place > order:
+            assert memory is None or {one.data_ptr() for one in state.factors} == memory
+            memory = {one.data_ptr() for one in state.factors}
+    assert all(torch.equal(one, other) for one, other in forecasts)
+    assert memory is not None
+    assert not memory & {one.data_ptr() for one, _ in forecasts}
