@@ -157,6 +157,7 @@ BENCHMARK = """
 from dataclasses import dataclass
 @dataclass(frozen=True)
 class Settings:
+    '''Things that are counted.'''
     count: int = 3
 def run(settings):
     return {"count": settings.count}
@@ -170,6 +171,12 @@ def test_bench(smalti, tmp_path, monkeypatch):
     monkeypatch.setattr(discovery, "benchmarks", lambda: {"tiny": tmp_path / "tiny.py"})
     assert smalti("bench", "tiny").out == "count 3\n"
     assert json.loads(smalti("bench", "tiny", "--set", "count=5", "--json").out) == {"count": 5}
+    assert "Benchmarks: tiny" in smalti("bench", "--help").out
+    assert "Things that are counted." in smalti("bench", "tiny", "--help").out
+    nameless = smalti("bench")
+    assert nameless.status == 2
+    assert is_one_line(nameless.err)
+    assert "tiny" in nameless.err
 
 
 @pytest.mark.parametrize("name", discovery.benchmarks())

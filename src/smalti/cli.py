@@ -206,21 +206,36 @@ def data_get(name: str, as_json: Json = False) -> None:
     _print({"name": name, "path": str(path)}, as_json, str(path))
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def bench(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="Name of a benchmark; what it measures may follow.")],
+    name: Annotated[
+        str | None, typer.Argument(help="A benchmark; what it measures may follow.", show_default=False)
+    ] = None,
     settings: Settings = [],  # noqa: B006 (typer copies it)
     as_json: Json = False,
+    wants_help: Annotated[
+        bool, typer.Option("--help", "-h", help="Show this, or the settings of a benchmark.")
+    ] = False,
 ) -> None:
     """Run a benchmark and print its figures. All of its settings are options too: --steps 8 is --set steps=8.
 
     Of your own pipeline: smalti bench pipe FOLDER --prompts FILE --apply taylorseer:interval=4
     """
-    from smalti.core.discovery import load_benchmark
+    import inspect
+
+    from smalti.core.discovery import benchmarks, load_benchmark
     from smalti.core.settings import override
 
+    if name is None and not wants_help:
+        raise UserError(f"name the benchmark: {', '.join(benchmarks())}")
+    if name is None:
+        print(f"{context.get_help()}\nBenchmarks: {', '.join(benchmarks())}")
+        return
     module = load_benchmark(name)
+    if wants_help:
+        print(f"{inspect.getdoc(module)}\n\n{inspect.getdoc(module.Settings)}")
+        return
     pairs = _bench_pairs(module, context.args)
     result = module.run(override(module.Settings(), [*pairs, *settings]))
     _print(result, as_json, module.table(result))
