@@ -57,7 +57,7 @@ def test_help(smalti, arguments):
         (("data", "nope"), "No such command"),
         (("data", "get"), "Missing argument"),
         (("data", "get", "emojy"), "did you mean 'emoji'"),
-        (("bench",), "Missing argument"),
+        (("bench",), "name the benchmark: emoji"),
         (("bench", "emojy"), "did you mean 'emoji'"),
         (("bench", "emoji", "--set", "cout=1"), "did you mean 'count'"),
         (("bench", "emoji", "--set", "count=many"), "a value like 400 is needed"),
