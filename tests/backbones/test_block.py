@@ -9,7 +9,6 @@ from smalti.backbones.block_order import ORDERS
 from smalti.core.errors import UserError
 from smalti.nn.block_attention import BlockContext
 from smalti.nn.ffn import FeedForward
-from smalti.nn.joint_blocks import JointContext
 from smalti.nn.modulation import Modulation, modulated_norm
 from smalti.nn.rope import grid_rope
 
@@ -135,7 +134,7 @@ def test_dropout_only_in_training():
 def joint_inputs():
     text, image = torch.randn(2, 3, D), torch.randn(2, 6, D)
     rope = grid_rope(3, 2, 3, (2, 2, 4), torch.device("cpu"))
-    return text, image, JointContext(torch.randn(2, D), rope, None, "auto")
+    return text, image, BlockContext(torch.randn(2, D), rope)
 
 
 def test_a_standard_joint_block_by_hand():

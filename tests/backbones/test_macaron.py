@@ -25,7 +25,6 @@ from smalti.core.errors import Refusal, UserError
 from smalti.core.protocols import Cond
 from smalti.nn.block_attention import BlockContext
 from smalti.nn.ffn import FeedForward
-from smalti.nn.joint_blocks import JointContext
 from smalti.nn.rope import grid_rope
 from smalti.seams.anatomy import read_anatomy
 
@@ -160,7 +159,7 @@ def test_both_streams_of_a_joint_block():
     assert [*new.state_dict()] == [*fresh.state_dict()]
     fresh.load_state_dict(new.state_dict())
     given = torch.randn(2, 3, D), torch.randn(2, 6, D)
-    context = JointContext(torch.randn(2, D), grid_rope(3, 2, 3, (2, 2, 4), torch.device("cpu")), None, "auto")
+    context = BlockContext(torch.randn(2, D), grid_rope(3, 2, 3, (2, 2, 4), torch.device("cpu")))
     for one, other in zip(new(*given, context), fresh(*given, context)):
         assert torch.equal(one, other)
     a, b = split_ffn(old.ffn_text)

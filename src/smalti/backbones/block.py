@@ -22,7 +22,7 @@ from smalti.backbones.block_order import Entry, Order, count_ffn, entries_of, ki
 from smalti.core.errors import UserError, unknown_name
 from smalti.nn.block_attention import BlockContext, CrossAttention, SelfAttention
 from smalti.nn.ffn import FeedForward
-from smalti.nn.joint_blocks import JointContext, StreamAttention, StreamProjections, Streams
+from smalti.nn.joint_blocks import StreamAttention, StreamProjections, Streams
 from smalti.nn.modulation import EPS, Modulation, ModulationTable, Triple, gated_add, modulated_norm
 
 Parts = Mapping[str, Callable[[], nn.Module]]
@@ -161,8 +161,9 @@ class JointBlock(nn.Module):
                 self.add_module(name, StreamAttention(width, width // heads))
                 self.add_module(f"{name}_text", StreamProjections(width, width // heads))
 
-    def forward(self, text: Tensor, image: Tensor, context: JointContext) -> Streams:
+    def forward(self, text: Tensor, image: Tensor, context: BlockContext) -> Streams:
         """Text (B, M, D) and image (B, N, D) to the same shapes."""
+        assert context.activated is not None
         rows = zip(self.entries, self.modulation_text(context.activated), self.modulation(context.activated))
         for entry, of_text, of_image in rows:
             normed_text = modulated_norm(text, of_text.shift, of_text.scale)
@@ -172,7 +173,7 @@ class JointBlock(nn.Module):
             image = gated_add(image, of_image.gate, _sum([one.image for one in updates]), entry.factor)
         return Streams(text, image)
 
-    def _part(self, name: str, text: Tensor, image: Tensor, context: JointContext) -> Streams:
+    def _part(self, name: str, text: Tensor, image: Tensor, context: BlockContext) -> Streams:
         part, part_text = getattr(self, name), getattr(self, f"{name}_text")
         if kind_of(name) == "ffn":
             return Streams(part_text(text), part(image))

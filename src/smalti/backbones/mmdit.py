@@ -19,9 +19,10 @@ from smalti.backbones.block import JointBlock
 from smalti.backbones.block_order import Order
 from smalti.core.errors import UserError
 from smalti.core.protocols import Cond
+from smalti.nn.block_attention import BlockContext
 from smalti.nn.embeddings import LabelEmbedder, TimeEmbedder, VectorEmbedder
 from smalti.nn.initialise import draw_weights
-from smalti.nn.joint_blocks import JointContext, SingleBlock
+from smalti.nn.joint_blocks import SingleBlock
 from smalti.nn.modulation import FinalNorm
 from smalti.nn.patchify import patchify, unpatchify
 from smalti.nn.rope import grid_rope
@@ -132,7 +133,7 @@ class MMDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         text = self.text_embedder(_given(cond.text, "text").to(dtype))  # (B, M, D)
         length = text.shape[1]
         rows, columns = height // self.patch_size, width // self.patch_size
-        context = JointContext(
+        context = BlockContext(
             activated=F.silu(self.vector(t, cond)),
             rope=grid_rope(length, rows, columns, self.axes_dims_rope, x.device),
             mask=_joint_mask(cond.mask, image.shape[1]),

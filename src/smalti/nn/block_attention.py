@@ -21,8 +21,8 @@ class BlockContext(NamedTuple):
     Args:
         activated: SiLU of the conditioning vector, (B, D) or (B, N, D), or what a modulation that all blocks share
             made of it; None for blocks without modulation.
-        rope: rotary factors of the tokens (N, d/2, 2), or None.
-        mask: which tokens self-attention may look at, True = attend: (B, N) or (B, 1 or h, N, N).
+        rope: rotary factors of the tokens (N, d/2, 2), of a joint sequence's (L, d/2, 2), or None.
+        mask: which tokens self-attention may look at, True = attend: (B, N), (B, 1, 1, N) or (B, 1 or h, N, N).
         memory: tokens that cross-attention looks at (B, M, D).
         memory_mask: the same for the memory (B, M).
         backend: of `ops.attention`.

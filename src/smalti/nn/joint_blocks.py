@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from smalti.nn.block_attention import BlockContext
 from smalti.nn.ffn import FeedForward
 from smalti.nn.modulation import Modulation, gated_add, modulated_norm
 from smalti.nn.norm import RMSNorm
@@ -22,22 +23,6 @@ from smalti.ops.attention import attention
 EPS = 1e-6
 
 
-class JointContext(NamedTuple):
-    """What all blocks of one call share.
-
-    Args:
-        activated: SiLU of the conditioning vector (B, D).
-        rope: rotary factors (L, d/2, 2).
-        mask: True = attend (B, 1, 1, L), or None.
-        backend: of `ops.attention`.
-    """
-
-    activated: Tensor
-    rope: Tensor
-    mask: Tensor | None
-    backend: str
-
-
 class Streams(NamedTuple):
     """The two token streams: text (B, M, D) and image (B, N, D)."""
 
@@ -45,7 +30,7 @@ class Streams(NamedTuple):
     image: Tensor
 
 
-def attend_qkv(qkv: Tensor, weight: Tensor, heads: int, context: JointContext) -> Tensor:
+def attend_qkv(qkv: Tensor, weight: Tensor, heads: int, context: BlockContext) -> Tensor:
     """Attention from fused projections.
 
     Args:
@@ -58,6 +43,7 @@ def attend_qkv(qkv: Tensor, weight: Tensor, heads: int, context: JointContext) -
         (B, L, D)
     """
     qk, v = qkv.unflatten(-1, (3, heads, -1)).split([2, 1], dim=2)  # (B, L, 2 | 1, h, d); one split, one cat backward
+    assert context.rope is not None
     q, k = norm_rope(qk, weight, context.rope[:, None, None], EPS).unbind(2)  # (B, L, h, d)
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v.squeeze(2)))  # (B, h, L, d)
     return attention(q, k, v, context.mask, backend=context.backend).transpose(1, 2).flatten(2)
@@ -90,7 +76,7 @@ class StreamAttention(StreamProjections):
         self,
         x: Tensor,
         heads: int,
-        context: JointContext,
+        context: BlockContext,
         text: Tensor | None = None,
         of_text: StreamProjections | None = None,
     ) -> tuple[Tensor, Tensor | None]:
@@ -135,8 +121,9 @@ class SingleBlock(nn.Module):
         self.attn = StreamAttention(width, width // heads)
         self.ffn = FeedForward(width, ffn_ratio, bias_out=False)  # to_out has the bias of their sum
 
-    def forward(self, x: Tensor, context: JointContext) -> Tensor:
+    def forward(self, x: Tensor, context: BlockContext) -> Tensor:
         """The joint sequence (B, L, D), text first, to the same shape."""
+        assert context.activated is not None
         (triple,) = self.modulation(context.activated)
         normed = modulated_norm(x, triple.shift, triple.scale)
         attended, _ = self.attn(normed, self.heads, context)
