@@ -36,7 +36,5 @@ def is_late(moment: Moment, last: float) -> bool:
 
 def _planned(moment: Moment) -> int:
     if moment.steps is None:
-        raise Refusal(
-            "a share of the steps, or the last ones, need their number: say it, with handle.run(steps=28): ..."
-        )
+        raise Refusal("a share of the steps, or the last ones, need their number; say it, with handle.run(steps=28)")
     return moment.steps
