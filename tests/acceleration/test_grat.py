@@ -4,7 +4,7 @@ import torch
 import smalti
 from smalti.acceleration.grat import GRAT, region_layout, region_table
 from smalti.backbones.mmdit import MMDiT
-from smalti.core.errors import NeverEngaged, Refusal, UserError
+from smalti.core.errors import NeverEngaged, UserError
 from smalti.core.protocols import Cond
 from smalti.ops.token_order import group_order
 
@@ -125,13 +125,3 @@ def test_bad_settings_are_refused_in_one_line(settings):
     with pytest.raises(UserError) as error:
         GRAT(**settings)
     assert "\n" not in str(error.value)
-
-
-def test_a_mask_that_differs_between_queries_is_refused():
-    from smalti.acceleration.grat import _keys_alone
-
-    causal = torch.ones(1, 1, 6, 6).tril().bool()
-    with pytest.raises(Refusal, match="differs between queries"):
-        _keys_alone(causal, "blocks.0.attn")
-    written_out = torch.tensor([True, True, False]).expand(1, 1, 3, 3)
-    assert torch.equal(_keys_alone(written_out, "blocks.0.attn"), written_out[:, :, :1])

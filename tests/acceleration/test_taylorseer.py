@@ -27,7 +27,7 @@ def test_warm_up_then_one_in_interval():
 
 
 def test_last_full_needs_the_number_of_steps():
-    with pytest.raises(Refusal, match="needs the number of steps"):
+    with pytest.raises(Refusal, match="need their number"):
         schedule(TaylorSeer(last_full=1))
 
 
@@ -88,7 +88,8 @@ def test_gates_follow_the_current_time(model):
 
 
 def test_memory_is_counted_and_lite_keeps_a_fraction(model):
-    tokens, width, sublayers = 6 + 5, 16, 2 * 3  # 2 x 3 image and 5 text tokens; attention and ffn of three blocks
+    tokens, width = 6 + 5, 16  # 2 x 3 image and 5 text tokens
+    sublayers = 2 + 1 + 1  # attention and ffn of the double block, their sum in two single blocks
     _, kept = walk(model, TaylorSeer(4, 1, 3))
     assert kept == 2 * sublayers * tokens * width * 4  # two factors of 4 bytes
     assert walk(model, TaylorSeer(4, 2, 3))[1] == kept * 3 // 2

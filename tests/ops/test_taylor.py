@@ -32,7 +32,8 @@ def test_the_published_form_follows_its_equations():
     state = after(lambda s: torch.tensor(values[int(s)]), [0, 1, 4], 2)
     first, before = (8 - 2) / 3, (2 - 1) / 1
     second = (first - before) / 3
-    assert [factor.item() for factor in state.factors] == pytest.approx([8, first, second])
+    factors = [scale * one.item() for scale, one in zip(state.scales, state.differences, strict=True)]
+    assert factors == pytest.approx([8, first, second])
     assert predict(state, 6.0).item() == pytest.approx(8 + 2 * first + 2 * second)
 
 
@@ -40,12 +41,12 @@ def test_orders_grow_one_by_one_and_can_be_held_back():
     state = TaylorState(2)
     for place, known in ((0, 1), (1, 2), (2, 3), (3, 3)):
         update(state, torch.randn(2), place)
-        assert len(state.factors) == known
+        assert len(state.differences) == known
     update(state, torch.ones(2), 4, is_derived=False)
     assert torch.equal(predict(state, 9.0), torch.ones(2))
 
 
-def test_neither_values_nor_forecasts_share_memory_with_the_factors():
+def test_neither_values_nor_forecasts_share_memory_with_the_series():
     value = torch.ones(3)
     state = TaylorState(0)
     update(state, value, 0)
@@ -56,7 +57,7 @@ def test_neither_values_nor_forecasts_share_memory_with_the_factors():
 
 
 @pytest.mark.parametrize(("store", "size"), [(None, 2), (torch.bfloat16, 2), (torch.float32, 4)])
-def test_factors_are_kept_as_asked_and_forecasts_have_the_values_dtype(store, size):
+def test_differences_are_kept_as_asked_and_forecasts_have_the_values_dtype(store, size):
     state = TaylorState(1, store=store, is_offloaded=True)
     for place in (0, 1):
         update(state, torch.randn(5).half(), place)
@@ -70,7 +71,7 @@ def test_nothing_to_forecast_from_is_an_error():
 
 
 @pytest.mark.parametrize("order", [0, 1, 2])
-def test_factors_are_renewed_in_place_and_forecasts_are_their_own(order):
+def test_differences_are_renewed_in_place_and_forecasts_are_their_own(order):
     values = [torch.randn(3, 4) for _ in range(6)]
     state, fresh = TaylorState(order), TaylorState(order, is_offloaded=True)
     forecasts, memory = [], None
@@ -79,11 +80,11 @@ def test_factors_are_renewed_in_place_and_forecasts_are_their_own(order):
         update(state, given, float(place))
         given.zero_()
         update(fresh, value, float(place))
-        assert all(torch.equal(one, other) for one, other in zip(state.factors, fresh.factors, strict=True))
+        assert all(torch.equal(one, other) for one, other in zip(state.differences, fresh.differences, strict=True))
         forecasts.append((predict(state, place + 0.5), predict(fresh, place + 0.5)))
         if place > order:
-            assert memory is None or {one.data_ptr() for one in state.factors} == memory
-            memory = {one.data_ptr() for one in state.factors}
+            assert memory is None or {one.data_ptr() for one in state.differences} == memory
+            memory = {one.data_ptr() for one in state.differences}
     assert all(torch.equal(one, other) for one, other in forecasts)
     assert memory is not None
     assert not memory & {one.data_ptr() for one, _ in forecasts}

@@ -99,3 +99,43 @@ def test_a_feed_forward_layer_without_a_module_of_its_own_is_skipped_with_what_l
     assert len(ran) == 2  # called, but on the second time without a product
     assert handle.report().methods[0].events == {"reused": 4}
     assert not torch.equal(after, before)
+
+
+class Noted(nn.Linear):
+    """Writes down that it ran; with two inputs, it takes their sum."""
+
+    def __init__(self):
+        super().__init__(8, 8)
+        self.runs = 0
+
+    def forward(self, *inputs):
+        self.runs += 1
+        return super().forward(sum(inputs))
+
+
+class ParallelBlock(nn.Module):
+    """Attention and a feed-forward layer side by side from one norm; the block says what need not run."""
+
+    feeders = {"join": ("norm", "attn", "up")}
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.attn, self.up, self.join = Noted(), Attention(), Noted(), Noted()
+
+    def forward(self, x, t):
+        normed = self.norm(x)
+        return x + self.join(self.attn(normed), self.up(normed))
+
+
+@torch.no_grad()
+def test_a_block_may_say_what_feeds_what():
+    model, x = Model(), torch.randn(2, 3, 8)
+    block = ParallelBlock()
+    model.blocks = nn.ModuleList([block, ParallelBlock()])
+    (sublayer,) = read_anatomy(model).blocks[0].sublayers
+    kinds = {one.site.name: one.site.kind for one in (sublayer, *sublayer.feeders)}
+    assert kinds == {"join": "fused", "norm": "ffn", "attn": "attention", "up": "ffn"}
+    with smalti.apply(model, ReuseOdd()):
+        for evaluations, t in ((1, 0.9), (1, 0.5), (2, 0.1)):
+            model(1.0, x, torch.full((2,), t))
+            assert [one.runs for one in (block.norm, block.up, block.join)] == [evaluations] * 3

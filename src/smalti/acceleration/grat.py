@@ -20,11 +20,13 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from smalti.core.errors import Refusal, UserError
+from smalti.core.errors import UserError
 from smalti.core.method import CoreCall, CoreMethod
 from smalti.core.protocols import TokenLayout
 from smalti.ops.block_mask import BlockLayout, block_attention, choose
 from smalti.ops.token_order import Grid, GroupOrder, group_order
+from smalti.seams.image_attention import check_image_grid, image_grid, keys_alone
+from smalti.seams.schedule import is_early
 
 
 @dataclass(frozen=True)
@@ -77,11 +79,7 @@ class GRAT(CoreMethod):
         return self.region == "all"
 
     def check_cores(self, model: str, cores: Mapping[str, tuple[TokenLayout, TokenLayout]]) -> None:
-        if not any(_suits(queries, keys) for queries, keys in cores.values()):
-            raise Refusal(
-                f"{model} has no softmax attention among image tokens on a known grid, so GRAT has nothing to thin out "
-                "(linear attention has no score matrix; cross-attention to text is left alone)"
-            )
+        check_image_grid(model, cores, "GRAT")
 
     def idle_reason(self, evaluations: int) -> str:
         return (
@@ -90,14 +88,12 @@ class GRAT(CoreMethod):
         )
 
     def at_core(self, state: None, call: CoreCall) -> Tensor:
-        is_dense = self.is_neutral or call.moment.step < self.dense_steps
-        if is_dense or not _suits(call.layout, call.key_layout):
+        grid = image_grid(call.layout, call.key_layout)
+        if self.is_neutral or grid is None or is_early(call.moment, self.dense_steps):
             return call.attend(call.q, call.k, call.v, call.mask)
         image = call.layout.span("image")
-        grid = next(one.grid for one in call.layout.segments if one.kind == "image")
-        assert grid is not None
         layout = region_layout(grid, self.group, self.region, image.start, len(call.layout) - image.stop)
-        mask = _keys_alone(call.mask, str(call.site))
+        mask = keys_alone(call.mask, str(call.site))
         backend = choose(layout, call.q.device)
         if backend == "full":
             return call.attend(call.q, call.k, call.v, call.mask)
@@ -164,23 +160,3 @@ def _strided(count: int, number: int) -> Tensor:
     steps = (torch.arange(min(number, count)) * count) // min(number, count)
     columns = (torch.arange(count)[:, None] + steps[None]) % count
     return torch.zeros(count, count, dtype=torch.bool).scatter_(1, columns, True)
-
-
-def _suits(queries: TokenLayout, keys: TokenLayout) -> bool:
-    """Whether this is attention of a sequence to itself, with one run of image tokens on a grid."""
-    images = [one for one in queries.segments if one.kind == "image"]
-    return queries.segments == keys.segments and len(images) == 1 and images[0].grid is not None
-
-
-def _keys_alone(mask: Tensor | None, site: str) -> Tensor | None:
-    """A mask as one of keys (B, 1, 1, L); models write it out for every query, too."""
-    if mask is None or (mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1):
-        return mask
-    mask = mask if mask.ndim == 4 else mask[(None,) * (4 - mask.ndim)]
-    rows = mask[:, :1, -1:]
-    # Rows of padded queries differ in some models; nobody reads what those queries give.
-    is_same = (mask == rows).all(-1)
-    dead = ~(mask.any(-1) if mask.dtype == torch.bool else (mask > torch.finfo(mask.dtype).min).any(-1))
-    if not bool((is_same | dead).all()):
-        raise Refusal(f"{site} has an attention mask of its own that differs between queries; GRAT cannot keep it")
-    return rows

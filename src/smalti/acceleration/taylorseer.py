@@ -16,9 +16,10 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-from smalti.core.errors import Refusal, UserError, unknown_name
+from smalti.core.errors import UserError, unknown_name
 from smalti.core.method import Moment, Outputs, StepCall, StepMethod, SublayerCall, SublayerMethod
 from smalti.ops.taylor import TaylorState, kept_bytes, predict, update
+from smalti.seams.schedule import is_late
 
 STORES = {"model": None, "fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -138,10 +139,8 @@ class TaylorSeer(StepMethod, SublayerMethod):
 
     def _decide(self, state: Memory, moment: Moment) -> None:
         """Whether the evaluation that begins is full; warm-up counts from this state's first one."""
-        if self.last_full and moment.steps is None:
-            raise Refusal("TaylorSeer(last_full=...) needs the number of steps: say it, with handle.run(steps=28): ...")
-        is_last = moment.steps is not None and moment.step >= moment.steps - self.last_full
-        state.is_full = state.evaluations < self.warmup or state.forecasts == self.interval - 1 or is_last
+        state.is_full = state.evaluations < self.warmup or state.forecasts == self.interval - 1
+        state.is_full |= is_late(moment, self.last_full)
         # The differences of the first warm-up evaluations are thrown away: the curve still bends too much there.
         state.is_derived = state.evaluations > self.warmup - 2
         state.place = float(moment.evaluation) if self.abscissa == "evaluation" else moment.t

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from smalti.nn.block_attention import BlockContext
 from smalti.nn.ffn import FeedForward
-from smalti.nn.modulation import Modulation, gated_add, modulated_norm
+from smalti.nn.modulation import ModulatedNorm, Modulation, gated_add
 from smalti.nn.norm import RMSNorm
 from smalti.nn.rope import norm_rope
 from smalti.ops.attention import attention
@@ -114,17 +114,27 @@ class SingleBlock(nn.Module):
         ffn_ratio: hidden width of the feed-forward layer over D.
     """
 
+    feeders = {"join": ("norm", "attn", "ffn")}  # read by methods: without the sum, none of these need run
+
     def __init__(self, width: int, heads: int, ffn_ratio: float = 4.0):
         super().__init__()
         self.heads = heads
         self.modulation = Modulation(width, sublayers=1)
         self.attn = StreamAttention(width, width // heads)
         self.ffn = FeedForward(width, ffn_ratio, bias_out=False)  # to_out has the bias of their sum
+        self.norm, self.join = ModulatedNorm(), Sum()
 
     def forward(self, x: Tensor, context: BlockContext) -> Tensor:
         """The joint sequence (B, L, D), text first, to the same shape."""
         assert context.activated is not None
         (triple,) = self.modulation(context.activated)
-        normed = modulated_norm(x, triple.shift, triple.scale)
+        normed = self.norm(x, triple.shift, triple.scale)
         attended, _ = self.attn(normed, self.heads, context)
-        return gated_add(x, triple.gate, attended + self.ffn(normed))
+        return gated_add(x, triple.gate, self.join(attended, self.ffn(normed)))
+
+
+class Sum(nn.Module):
+    """The sum of two tensors, as a place in a block where methods can put another in."""
+
+    def forward(self, one: Tensor, other: Tensor) -> Tensor:
+        return one + other

@@ -58,6 +58,13 @@ class ModulationTable(nn.Module):
         return triples(shared + self.table, self.sublayers)
 
 
+class ModulatedNorm(nn.Module):
+    """`modulated_norm` as a child of a block, so that it need not run where nothing needs its output."""
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        return modulated_norm(x, shift, scale)
+
+
 class FinalNorm(nn.Module):
     """The last norm of a transformer, shifted and scaled by the vector: (B, N, D) -> (B, N, D).
 

@@ -5,7 +5,8 @@ At every known value F at place s, with d = s - (the place before), the factors 
     D0 = F,   D(i+1) = (Di - Di of before) / d,
 
 and the forecast at s + x is the sum of x^i / i! * Di. All orders share the newest distance d. With `is_divided` they
-are Newton's divided differences over the places themselves, exact for polynomials on irregular places.
+are Newton's divided differences over the places themselves, exact for polynomials on irregular places. What is kept are
+plain differences, each with a scale that makes it a factor: dividing them would cost a pass over memory more.
 
 Source: TaylorSeer (arXiv 2503.06923), equations 6 to 8; Newton's form as in any text on interpolation.
 """
@@ -23,9 +24,10 @@ class TaylorState:
     Args:
         order: O, the highest derivative; 0 repeats the last value.
         is_divided: Newton's divided differences in place of the published form.
-        store: dtype in which factors are kept; None = that of the tensor.
-        is_offloaded: whether factors wait in the CPU's memory.
-        factors: D0 to DO, as far as they are known.
+        store: dtype in which differences are kept; None = that of the tensor.
+        is_offloaded: whether they wait in the CPU's memory.
+        differences: D0 to DO over their scales, as far as they are known.
+        scales: Di = scales[i] * differences[i].
         places: where the newest values were taken, newest first.
         dtype: of the tensor.
         device: of the tensor.
@@ -35,14 +37,15 @@ class TaylorState:
     is_divided: bool = False
     store: torch.dtype | None = None
     is_offloaded: bool = False
-    factors: list[Tensor] = field(default_factory=list)
+    differences: list[Tensor] = field(default_factory=list)
+    scales: list[float] = field(default_factory=list)
     places: list[float] = field(default_factory=list)
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
 def update(state: TaylorState, value: Tensor, place: float, is_derived: bool = True) -> None:
-    """Takes in a value; it is copied, so that later changes in place do not reach the factors.
+    """Takes in a value; it is copied, so that later changes in place do not reach the series.
 
     Args:
         state: changed in place.
@@ -51,16 +54,17 @@ def update(state: TaylorState, value: Tensor, place: float, is_derived: bool = T
         is_derived: whether derivatives are renewed; otherwise only the value is kept.
     """
     state.dtype, state.device = value.dtype, value.device
-    old = state.factors if is_derived else []
-    # The memory of the old factors takes the new ones, each that of the one below it; the highest's takes the value.
+    old = state.differences if is_derived else []
+    # The memory of the old differences takes the new ones: each that of the one below it, the highest's the value.
     is_reused = len(old) == state.order + 1 and not state.is_offloaded
     known = value.detach()
-    factors = [old[-1].copy_(known) if is_reused else known.to(state.store or value.dtype, copy=True)]
-    for i, before in enumerate(_fetched(state, factor) for factor in old[: state.order]):
-        distance = place - state.places[i if state.is_divided else 0]
-        factors.append(torch.sub(factors[i], before, out=before).div_(distance))
-    state.factors = [factor.to("cpu") if state.is_offloaded else factor for factor in factors]
-    state.places = [place, *state.places][: state.order + 1]
+    differences = [old[-1].copy_(known) if is_reused else known.to(state.store or value.dtype, copy=True)]
+    scales = [1.0]
+    for i, before in enumerate(_fetched(state, one) for one in old[: state.order]):
+        differences.append(torch.sub(differences[i], before, alpha=state.scales[i] / scales[i], out=before))
+        scales.append(scales[i] / (place - state.places[i if state.is_divided else 0]))
+    state.differences = [one.to("cpu") if state.is_offloaded else one for one in differences]
+    state.scales, state.places = scales, [place, *state.places][: state.order + 1]
 
 
 def predict(state: TaylorState, place: float) -> Tensor:
@@ -69,23 +73,23 @@ def predict(state: TaylorState, place: float) -> Tensor:
     Raises:
         ValueError: no value was taken in yet.
     """
-    if not state.factors:
+    if not state.differences:
         raise ValueError("a forecast needs at least one value; call update first")
-    result = _fetched(state, state.factors[0])
+    result = _fetched(state, state.differences[0])
     weight = 1.0
-    for i, factor in enumerate(state.factors[1:], start=1):
+    for i, difference in enumerate(state.differences[1:], start=1):
         weight *= place - state.places[i - 1] if state.is_divided else (place - state.places[0]) / i
-        # One pass over memory a factor, and none to copy the first: forecasts of small models cost little else.
+        # One pass over memory a difference, and none to copy the first: forecasts of small models cost little else.
         add = torch.add if i == 1 else torch.Tensor.add_
-        result = add(result, _fetched(state, factor), alpha=weight)
+        result = add(result, _fetched(state, difference), alpha=weight * state.scales[i])
     result = result.to(state.dtype)
-    return result.clone() if result is state.factors[0] else result
+    return result.clone() if result is state.differences[0] else result
 
 
 def kept_bytes(state: TaylorState) -> int:
-    """Memory of the factors."""
-    return sum(factor.nbytes for factor in state.factors)
+    """Memory of the differences."""
+    return sum(one.nbytes for one in state.differences)
 
 
-def _fetched(state: TaylorState, factor: Tensor) -> Tensor:
-    return factor.to(state.device, non_blocking=True) if state.is_offloaded else factor
+def _fetched(state: TaylorState, difference: Tensor) -> Tensor:
+    return difference.to(state.device, non_blocking=True) if state.is_offloaded else difference

@@ -4,8 +4,9 @@ No model is known by name. A stack is a list of modules, a direct child of the m
 attention. Inside a block, attention is recognised by its projections or its class name, a feed-forward layer as a
 module of two or more linear or convolution layers, or as linear layers of the block itself of which the last leads back
 to the width of the others' input (PRX), and a fused sublayer by attention without an output projection whose output
-runs into a linear layer of the block itself (FLUX.1's single blocks). Refiners of the text that sit inside an embedder
-are no blocks.
+runs into a linear layer of the block itself (FLUX.1's single blocks). A block may also say it: its `feeders` give, by
+the name of a child, the children that compute nothing but that one's input. Refiners of the text that sit inside an
+embedder are no blocks.
 """
 
 import inspect
@@ -183,6 +184,11 @@ def _read_block(model: str, stack: str, index: int, depth: int, module: nn.Modul
             kept = [(path, one) for path, one in before if not is_linear(one) or _widens(one, projection)]
             feeders = [Sublayer(site(path, "ffn"), one) for path, one in kept]
             sublayers.append(Sublayer(site(name, "ffn"), projection, tuple(feeders)))
+    known = {one.site.name: one for one in sublayers}
+    for name, names in getattr(module, "feeders", {}).items():
+        feeders = tuple(known.pop(one, Sublayer(site(one, "ffn"), module.get_submodule(one))) for one in names)
+        known[name] = Sublayer(site(name, "fused"), module.get_submodule(name), feeders, is_alone=not known)
+    sublayers = list(known.values())
     if not sublayers:
         raise Refusal(f"{model}.{stack}.{index} ({type(module).__name__}) has no attention or feed-forward of its own")
     return Block(site("", "block"), module, tuple(sublayers), attentions)
