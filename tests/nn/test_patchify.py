@@ -13,7 +13,7 @@ def test_inverse(patch):
     x = torch.randn(2, 5, 6, 12)
     tokens = patchify(x, patch)
     assert tokens.shape == (2, 72 // patch**2, 5 * patch**2)
-    assert torch.equal(unpatchify(tokens, 6, 12, patch), x)
+    assert torch.equal(unpatchify(tokens, (6, 12), patch), x)
 
 
 def test_order_is_that_of_flux():

@@ -133,7 +133,7 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
             else:
                 tokens = block(tokens, context)
         velocity = self.proj_out(self.final_norm(tokens, activated))
-        return unpatchify(velocity, height, width, self.patch_size).to(x.dtype)
+        return unpatchify(velocity, (height, width), self.patch_size).to(x.dtype)
 
     def vector(self, t: Tensor, cond: Cond) -> Tensor:
         """The conditioning vector, (B, D) for t (B,), (B, N, D) for t (B, N)."""
