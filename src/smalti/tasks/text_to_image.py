@@ -1,4 +1,4 @@
-"""Prompts to pictures on disk: checks first, then the work, then whole files."""
+"""Prompts to pictures on disk: checks first, then the work, then whole files. Clips are PNG files that move (APNG)."""
 
 import json
 import os
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -26,6 +25,10 @@ from smalti.zoo.loader import load_model
 BATCH = 16
 PNG_KEY = "smalti"
 SHEET_SIDE = 128
+FRAME_SECONDS = 3  # of a whole clip
+
+Drawn = Image.Image | list[Image.Image]
+"""A picture, or the frames of a clip."""
 
 
 @dataclass(frozen=True)
@@ -110,12 +113,13 @@ def draw(request: Request) -> dict[str, Any]:
         handle = stack.enter_context(apply(pipe, *methods)) if methods else None
         images = _draw(pipe, request, wanted, height, width)
     seconds = time.perf_counter() - started
+    first = _first(images[0])
     settings = {
         "model": request.model,
         "steps": request.steps,
         "solver": request.solver,
         "guidance": pipe.config["default_guidance"] if request.guidance is None else request.guidance,
-        "size": [images[0].height, images[0].width],
+        "size": [first.height, first.width],
         **({"methods": [str(method) for method in methods]} if methods else {}),
     }
     _write(request.out, files, wanted, images, settings)
@@ -130,11 +134,11 @@ def draw(request: Request) -> dict[str, Any]:
 
 def _draw(
     pipe: TextToImagePipeline, request: Request, wanted: list[_Picture], height: int | None, width: int | None
-) -> list[Image.Image]:
-    images: list[Image.Image] = []
+) -> list[Drawn]:
+    images: list[Drawn] = []
     for start in range(0, len(wanted), BATCH):
         part = wanted[start : start + BATCH]
-        drawn = pipe(
+        images += pipe(
             [picture.prompt for picture in part],
             style=[picture.style for picture in part],
             num_inference_steps=request.steps,
@@ -142,9 +146,8 @@ def _draw(
             height=height,
             width=width,
             generator=generators_for([picture.seed for picture in part]),
-        )
-        assert isinstance(drawn, ImagePipelineOutput)
-        images += drawn.images
+            return_dict=False,
+        )[0]
     return images
 
 
@@ -191,24 +194,32 @@ def _files(out: Path, count: int) -> list[Path]:
     return [out.with_name(f"{out.stem}-{index + 1:0{digits}}.png") for index in range(count)]
 
 
-def _write(
-    out: Path, files: list[Path], wanted: list[_Picture], images: list[Image.Image], settings: dict[str, Any]
-) -> None:
+def _write(out: Path, files: list[Path], wanted: list[_Picture], images: list[Drawn], settings: dict[str, Any]) -> None:
     """All files or none: each is complete beside its place before the first takes it."""
     with ExitStack() as whole:
         for file, picture, image in zip(files, wanted, images, strict=True):
             _save(whole.enter_context(atomic_file(file)), image, settings | asdict(picture))
         if len(images) > 1:
-            scale = max(1, SHEET_SIDE // images[0].height)
-            labelled = sheet(images, [picture.label for picture in wanted], scale=scale)
+            firsts = [_first(image) for image in images]
+            scale = max(1, SHEET_SIDE // firsts[0].height)
+            labelled = sheet(firsts, [picture.label for picture in wanted], scale=scale)
             _save(whole.enter_context(atomic_file(out)), labelled, settings)
 
 
-def _save(path: Path, image: Image.Image, settings: dict[str, Any]) -> None:
+def _first(image: Drawn) -> Image.Image:
+    """A picture, or a clip's first frame."""
+    return image[0] if isinstance(image, list) else image
+
+
+def _save(path: Path, image: Drawn, settings: dict[str, Any]) -> None:
     """A PNG with its settings in its metadata; the same settings give the same bytes."""
     metadata = PngInfo()
     metadata.add_text(PNG_KEY, json.dumps(settings, ensure_ascii=True))
     with path.open("wb") as file:
-        image.save(file, format="PNG", pnginfo=metadata)
+        if isinstance(image, list):
+            moving = {"save_all": True, "append_images": image[1:], "loop": 0}
+            image[0].save(file, "PNG", pnginfo=metadata, duration=1000 * FRAME_SECONDS // len(image), **moving)
+        else:
+            image.save(file, "PNG", pnginfo=metadata)
         file.flush()
         os.fsync(file.fileno())  # a full disk shows here, before any file takes its place
