@@ -67,7 +67,12 @@ def test_text_is_attended_both_ways():
 def test_published_sizes():
     """4,096 tokens of a picture and 13 x 30 x 45 of a video at 3.1 %."""
     picture, video = local_layout((1, 64, 64), "band", 0.031), local_layout((13, 30, 45), "frames", 0.031, 226)
-    assert (picture.order.length, picture.neighbours.shape[1]) == (16, 7)
+    assert (picture.order.length, picture.neighbours.shape[1]) == (42, 3)
     assert (video.order.group, video.neighbours.shape[1]) == ((13, 1, 15), 3)  # 45 of 1,350 places a frame
-    assert not picture.order.is_padded
     assert not video.order.is_padded
+
+
+def test_large_pictures_take_whole_tiles():
+    layout = local_layout((1, 128, 128), "band", 0.031)
+    assert layout.order.length == 128
+    assert not layout.order.is_padded

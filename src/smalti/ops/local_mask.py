@@ -7,8 +7,9 @@ it, n odd, so that a share n g / N of the keys is left. At the ends the n runs a
 - `window`: rectangles of rows and columns, at the same place in all frames;
 - `frames`: runs of the order within a frame, at the same place in all frames.
 
-`g` and `n` are those that come nearest to the wanted share, rather without padding and with few, long runs; `attended`
-tells the share that was reached. A picture is a video of one frame.
+`g` and `n` are those that come nearest to the wanted share, with a liking for few, long runs (every attended run is a
+copy of its keys), no padding, and whole tiles of FlexAttention; `attended` tells the share that was reached. A picture
+is a video of one frame.
 """
 
 import math
@@ -19,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from smalti.ops.block_mask import BlockLayout
+from smalti.ops.block_mask import TILE, BlockLayout
 from smalti.ops.token_order import Grid, group_order
 
 Mask = Literal["band", "window", "frames"]
@@ -80,8 +81,9 @@ def _runs(sides: tuple[int, ...], density: float) -> tuple[tuple[int, int], ...]
         widths = [length * count for length, count in runs]
         share = math.prod(widths) / math.prod(sides)
         is_padded = any(side % length for side, (length, _) in zip(sides, runs, strict=True))
-        oblong = abs(math.log(widths[0] / widths[-1])) if all(count > 1 for _, count in runs) else 1.0
+        is_tiled = not is_padded and math.prod(length for length, _ in runs) % TILE == 0
         most = max(count for _, count in runs)
-        return abs(share / density - 1) + 0.25 * is_padded + 0.02 * most + 0.2 * oblong * (len(runs) > 1)
+        oblong = abs(math.log(widths[0] / widths[-1]))
+        return abs(share / density - 1) + 0.04 * most + 0.1 * is_padded - 0.15 * is_tiled + 0.2 * oblong
 
     return min(product(*map(options, sides)), key=fault)
