@@ -113,7 +113,7 @@ def test_all_keys_give_a_rho_of_one_and_no_residual():
     layout = local_layout(GRID, "band", 0.999, TEXT)
     assert layout.table.all()
     sparse = (*tensors, layout, None, None, "gather")
-    _, kept = method._full(call_at(0, tensors), layout.image, sparse)
+    _, kept = method._full(call_at(0, tensors), None, layout.image, sparse)
     assert torch.allclose(kept.rho, torch.ones(()), atol=1e-6)
     assert kept.residual.abs().max() < 1e-5
 

@@ -23,7 +23,7 @@ from typing import Any, Literal, Self
 from torch import Tensor
 
 from smalti.core.errors import UserError, unknown_name
-from smalti.core.method import CoreCall, CoreMethod, Moment
+from smalti.core.method import CoreCall, CoreMethod
 from smalti.core.protocols import TokenLayout
 from smalti.ops.attention import attention_with_lse
 from smalti.ops.block_mask import block_attention, block_attention_with_lse, choose, sparse_cost
@@ -133,7 +133,7 @@ class ReTtention(CoreMethod):
         if self.is_neutral or not (grid or is_held) or is_early(call.moment, self.full_steps):
             return call.attend(call.q, call.k, call.v, call.mask)
         key = f"{call.site}#{call.site.occurrence}"
-        is_full = key not in state or self._is_full(call.moment)
+        is_full = key not in state or (call.moment.step - self.full_steps) % self.period == 0
         if is_held:
             return self._hold(state, key, call, is_full)
         assert grid is not None
@@ -145,14 +145,10 @@ class ReTtention(CoreMethod):
         backend = choose(layout, call.q.device) if keys is None else "gather"
         sparse = (call.q, call.k, call.v, layout, keys, call.scale, backend)
         if is_full:
-            out, state[key] = self._full(call, layout.image, sparse)
+            out, state[key] = self._full(call, keys, layout.image, sparse)
             return out
         call.note(f"{backend}, {attended(layout):.1%} of image keys")
         return self._correct(block_attention(*sparse), state[key], call.moment.step, layout.image)
-
-    def _is_full(self, moment: Moment) -> bool:
-        """Whether a step after the first full ones is full."""
-        return (moment.step - self.full_steps) % self.period == 0
 
     def _hold(self, state: dict[str, Kept], key: str, call: CoreCall, is_full: bool) -> Tensor:
         """The full step's output, as long as it is kept."""
@@ -164,28 +160,28 @@ class ReTtention(CoreMethod):
         assert held is not None
         return held
 
-    def _full(self, call: CoreCall, image: slice, sparse: tuple[Any, ...]) -> tuple[Tensor, Kept]:
+    def _full(self, call: CoreCall, keys: Tensor | None, image: slice, sparse: tuple[Any, ...]) -> tuple[Tensor, Kept]:
         """A full pass, and what a sparse pass of the same step (its arguments) says of it."""
-        rho = None
-        if self.correction == "none":
-            return call.attend(call.q, call.k, call.v, call.mask), Kept(call.moment.step)
-        if self.correction == "residual":
-            out, part = call.attend(call.q, call.k, call.v, call.mask), block_attention(*sparse)
+        step, rho = call.moment.step, None
+        if self.correction in ("both", "rho"):
+            whole, some = (
+                attention_with_lse(call.q, call.k, call.v, keys, call.scale),
+                block_attention_with_lse(*sparse),
+            )
+            rho = mass(some, whole)[:, :, image, None].clamp(max=1)
+            out, scaled = whole.out, rho * some.out[:, :, image]
         else:
-            whole = attention_with_lse(call.q, call.k, call.v, call.mask, call.scale)
-            some = block_attention_with_lse(*sparse)
-            out, part, rho = whole.out, some.out, mass(some, whole)[:, :, image, None].clamp(max=1)
-        if self.correction == "rho":
-            return out, Kept(call.moment.step, rho)
-        scaled = part[:, :, image] if rho is None else (rho * part[:, :, image]).to(out.dtype)
-        return out, Kept(call.moment.step, rho, out[:, :, image] - scaled)
+            out = call.attend(call.q, call.k, call.v, call.mask)
+            scaled = None if self.correction == "none" else block_attention(*sparse)[:, :, image]
+        if scaled is None or self.correction == "rho":
+            return out, Kept(step, rho)
+        return out, Kept(step, rho, (out[:, :, image] - scaled).to(out.dtype))
 
     def _correct(self, out: Tensor, kept: Kept, step: int, image: slice) -> Tensor:
-        """`rho * sparse + R` for the image tokens of a sparse result (B, h, L, d)."""
+        """`rho * sparse + R` for the image tokens of a sparse result (B, h, L, d); the sum is in float32."""
         tokens = out[:, :, image]
         if kept.rho is not None:
-            drifted = (kept.rho + self.drift * max(0, step - kept.step - 1)).clamp(max=1)
-            tokens = (drifted * tokens).to(out.dtype)
+            tokens = tokens * (kept.rho + self.drift * max(0, step - kept.step - 1)).clamp(max=1)
         if kept.residual is not None:
             tokens = tokens + kept.residual
         out[:, :, image] = tokens
