@@ -63,8 +63,7 @@ def small(ctx) -> Verdict:
         ours=main.ours,
         comparators={name: sum(far[name]) / PROMPTS for name in (*CORRECTIONS[1:], *shorter)},
         rule="ours < none / 3: the same sparse attention and full steps without a correction",
-        outcome=main.outcome,
-        interval=(main.low, main.high),
+        outcome=main.outcome, interval=(main.low, main.high),
         seeds=prompts.seeds,
         checks=(
             *(compare(far["both"], far[name]).check(f"against {name}", f"< {name}")
