@@ -194,7 +194,8 @@ class MethodFrame(Frame):
         site = replace(sublayer.site, occurrence=call)
         for one in reversed(self.cores):
             attend = partial(self._core, one, site, attention.scale, layout, key_layout, attend)
-        return attend(q, k, v, attention.mask)
+        with inside(self, None):  # attention that a method computes is no further call of this module
+            return attend(q, k, v, attention.mask)
 
     def _core(
         self,
