@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
@@ -191,3 +192,19 @@ def test_masks_that_do_not_fit_are_refused():
         head_block_attention(q, k, v, blocks, torch.ones(1, 1, 16, 16, dtype=torch.bool))
     with pytest.raises(ValueError, match="choose gather"):
         head_block_attention(q, k, v, blocks, torch.zeros(1, 1, 1, 16), backend="flex")
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_flex_equals_masked_attention_and_other_tables_need_no_compiling():
+    counters.clear()
+    for seed in range(2):
+        torch.manual_seed(seed)
+        order = group_order((1, 20, 40), (1, 8, 16))
+        blocks = head_blocks(order, torch.rand(2, 3, order.count, order.count) < 0.4, before=2, after=40)
+        q, k, v = qkv(blocks, width=32)
+        mask = torch.ones(2, 1, 1, 842, dtype=torch.bool)
+        mask[1, ..., -20 - seed :] = False
+        results = [head_block_attention(q, k, v, blocks, mask, backend=name) for name in ("dense", "flex")]
+        assert torch.allclose(*results, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 1

@@ -15,29 +15,18 @@ Differences: every group attends to itself, so that no query is left without a k
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Self, get_args
+from typing import Self, get_args
 
 from torch import Tensor
 
 from smalti.core.errors import UserError, unknown_name
 from smalti.core.method import CoreCall, CoreMethod
 from smalti.core.protocols import TokenLayout
-from smalti.ops.block_scores import (
-    Rule,
-    distance_scores,
-    draft_scores,
-    frame_or_place_scores,
-    keep_blocks,
-    kept_share,
-    random_scores,
-    true_scores,
-)
+from smalti.ops.block_scores import Guide, Rule, guide_scores, keep_blocks, kept_share
 from smalti.ops.head_blocks import HeadBlocks, choose, head_block_attention, head_blocks, sparse_cost
 from smalti.ops.token_order import Grid, GroupOrder, group_order
 from smalti.seams.image_attention import check_image_grid, image_grid, keys_alone
 from smalti.seams.schedule import is_early
-
-Guide = Literal["draft", "oracle", "random", "window", "frame-or-place"]
 
 
 @dataclass
@@ -148,21 +137,12 @@ class DraftAttention(CoreMethod):
         if key in state.blocks and now - state.blocks[key][0] < self.reuse:
             return state.blocks[key][1]
         image = call.layout.span("image")
-        table = keep_blocks(self._scores(call, order, image, mask), self.sparsity, self.rule)
+        scores = guide_scores(
+            self.guide, call.q, call.k, order, image.start, mask, call.scale, self.sparsity, call.site.depth
+        )
+        table = keep_blocks(scores, self.sparsity, self.rule)
         blocks = head_blocks(order, table, image.start, len(call.layout) - image.stop)
         call.note(f"{self.guide} map")
         if self.reuse > 1:
             state.blocks[key] = (now, blocks)
         return blocks
-
-    def _scores(self, call: CoreCall, order: GroupOrder, image: slice, mask: Tensor | None) -> Tensor:
-        """How much groups attend to each other (B, h, G, G), by the guide; B and h may be 1."""
-        q, k, device = call.q, call.k, call.q.device
-        if self.guide == "draft":
-            return draft_scores(q[:, :, image], k[:, :, image], order, call.scale)
-        if self.guide == "window":
-            return distance_scores(order).to(device)
-        if self.guide == "random":
-            return random_scores(order, q.shape[1], call.site.depth).to(device)
-        true = true_scores(q, k, order, image.start, mask, call.scale)
-        return true if self.guide == "oracle" else frame_or_place_scores(true, order, self.sparsity)

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from smalti.ops.token_order import GroupOrder
 
 Rule = Literal["head", "row", "mass"]
+Guide = Literal["draft", "oracle", "random", "window", "frame-or-place"]
 ROWS = 1024
 """Queries whose scores `true_scores` holds at a time."""
 
@@ -42,6 +43,40 @@ def group_means(x: Tensor, order: GroupOrder) -> Tensor:
         return means
     filled = order.is_real.to(x.device).unflatten(0, (order.count, order.length)).float().mean(1)
     return means / filled[:, None].to(means.dtype)
+
+
+def guide_scores(
+    guide: Guide,
+    q: Tensor,
+    k: Tensor,
+    order: GroupOrder,
+    before: int = 0,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    sparsity: float = 0.75,
+    seed: int = 0,
+) -> Tensor:
+    """Scores of blocks (B, h, G, G) by any guide; B and h may be 1.
+
+    Args:
+        guide: the draft, the attention itself (oracle), or what a draft is measured against.
+        q, k: all tokens (B, h, L, d).
+        order: groups of the image tokens.
+        before: text tokens before the image.
+        mask: keys that may be attended to (B, 1, 1, L), bool or a bias.
+        scale: factor on the scores, None = 1 / sqrt(d).
+        sparsity: at which frame-or-place compares its two windows.
+        seed: of random.
+    """
+    if guide == "draft":
+        image = slice(before, before + len(order.inverse))
+        return draft_scores(q[:, :, image], k[:, :, image], order, scale)
+    if guide == "window":
+        return distance_scores(order).to(q.device)
+    if guide == "random":
+        return random_scores(order, q.shape[1], seed).to(q.device)
+    true = true_scores(q, k, order, before, mask, scale)
+    return true if guide == "oracle" else frame_or_place_scores(true, order, sparsity)
 
 
 def draft_scores(q: Tensor, k: Tensor, order: GroupOrder, scale: float | None = None) -> Tensor:

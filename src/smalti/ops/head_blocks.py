@@ -227,7 +227,8 @@ def _picked(allowed: Tensor, sample: Tensor, groups: Tensor, order: GroupOrder) 
 
 
 @lru_cache(maxsize=1)
-def _compiled_flex() -> Callable[..., Tensor]:
+def compiled_flex() -> Callable[..., Tensor]:
+    """FlexAttention, compiled once a shape; other tables of that shape need no compiling."""
     return torch.compile(flex.flex_attention, dynamic=False)  # type: ignore[return-value]
 
 
@@ -237,7 +238,7 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, blocks: HeadBlocks, mask: Tensor | No
         raise ValueError("the flex path takes a bool mask of keys; choose gather for a bias")
     index = flex_order(blocks).to(q.device)
     made = flex_mask(blocks, q.shape[0], q.shape[1], mask, q.device)
-    out = _compiled_flex()(*(x[:, :, index] for x in (q, k, v)), block_mask=made, scale=scale)
+    out = compiled_flex()(*(x[:, :, index] for x in (q, k, v)), block_mask=made, scale=scale)
     places, text = len(blocks.order.index), blocks.before + blocks.after
     return blocks.joined(out[:, :, blocks.order.inverse.to(q.device)], out[:, :, places : places + text])
 
