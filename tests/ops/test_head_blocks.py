@@ -170,7 +170,7 @@ def test_the_flex_mask_is_the_table_and_the_real_keys(grid, masked, after):
 
 def test_the_token_mask_is_the_table_by_coordinates():
     blocks = random_blocks((2, 3, 5), (1, 2, 2), before=1, after=2)
-    mask = token_mask(blocks)
+    mask = token_mask(blocks, CPU)
     assert mask[:, :, [0, 31, 32]].all()
     assert mask[..., [0, 31, 32]].all()
     places = torch.cartesian_prod(torch.arange(2), torch.arange(3), torch.arange(5))
@@ -208,3 +208,8 @@ def test_flex_equals_masked_attention_and_other_tables_need_no_compiling():
         results = [head_block_attention(q, k, v, blocks, mask, backend=name) for name in ("dense", "flex")]
         assert torch.allclose(*results, atol=1e-5)
     assert counters["stats"]["unique_graphs"] == 1
+    one = head_blocks(blocks.order, blocks.table[:1, :1], before=2, after=40)  # shared by all, kept for the next call
+    for some in (None, mask, None):
+        results = [head_block_attention(q, k, v, one, some, backend=name) for name in ("dense", "flex")]
+        assert torch.allclose(*results, atol=1e-5)
+    assert [key[0] for key in one.kept] == ["flex"]

@@ -7,7 +7,8 @@ groups, so that nothing can be prepared once a shape.
 Three ways to compute the same: `gather` sorts the queries' groups by how many groups they attend to and runs one dense
 attention for each number, without any padding (CPU and GPU); `flex` gives FlexAttention a block mask made from the
 table (GPU, groups of a multiple of 128 tokens); `dense` is plain attention with the table as a token mask: the
-reference.
+reference. A gathered key serves the queries of one group alone, so that on a CPU it pays in seconds for groups of about
+64 tokens and more; `choose` counts products, not seconds.
 
 Source: DraftAttention (arXiv 2505.14708), section 4; FlexAttention (arXiv 2412.05496) for the block mask.
 Shapes: B batch, h heads, G groups of g places, L tokens, M of them text, d head_dim.
@@ -16,6 +17,7 @@ Shapes: B batch, h heads, G groups of g places, L tokens, M of them text, d head
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +29,8 @@ from smalti.ops.token_order import GroupOrder
 
 GATHERED = 2**20
 """Numbers of gathered keys in one piece of the gather path on a CPU, which should stay in its cache."""
+MOST = 2**15
+"""Rows in one piece; attention kernels take fewer than 2^16 at once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +48,7 @@ class HeadBlocks:
     table: Tensor
     before: int = 0
     after: int = 0
-    kept: dict[tuple[int, int], list["_Bucket"]] = field(default_factory=dict)
+    kept: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def image(self) -> slice:
@@ -113,7 +117,7 @@ def head_block_attention(
     if backend == "full":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     if backend == "dense":
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=token_mask(blocks, mask), scale=scale)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=token_mask(blocks, q.device, mask), scale=scale)
     return (_flex if backend == "flex" else _gather)(q, k, v, blocks, mask, scale)
 
 
@@ -139,10 +143,10 @@ def sparse_cost(order: GroupOrder, share: float, text: int) -> float:
     return (places * (share * places + text) + text * length) / length**2
 
 
-def token_mask(blocks: HeadBlocks, mask: Tensor | None = None) -> Tensor:
+def token_mask(blocks: HeadBlocks, device: torch.device, mask: Tensor | None = None) -> Tensor:
     """Which token attends to which (B, h, L, L), text and mask of keys included: the reference form."""
-    group = (blocks.order.inverse // blocks.order.length).to(blocks.table.device)  # (N,)
-    image = blocks.table[:, :, group][..., group]
+    group = (blocks.order.inverse // blocks.order.length).to(device)  # (N,)
+    image = blocks.table.to(device)[:, :, group][..., group]
     allowed = F.pad(image, (blocks.before, blocks.after, blocks.before, blocks.after), value=True)
     if mask is None or mask.dtype == torch.bool:
         return allowed if mask is None else allowed & mask
@@ -162,20 +166,21 @@ class _Bucket:
     groups: Tensor
 
 
-def _buckets(blocks: HeadBlocks, batch: int, heads: int) -> list[_Bucket]:
+def _buckets(blocks: HeadBlocks, batch: int, heads: int, device: torch.device) -> list[_Bucket]:
     """All rows by the number of groups they attend to; waits for the device."""
-    if (batch, heads) not in blocks.kept:
-        table = blocks.table.expand(batch, heads, -1, -1).flatten(0, 2)  # (B*h*G, G)
+    key = ("gather", batch, heads, device)
+    if key not in blocks.kept:
+        table = blocks.table.to(device).expand(batch, heads, -1, -1).flatten(0, 2)  # (B*h*G, G)
         sizes, rows = table.sum(1).sort(stable=True)
         columns = table[rows].nonzero()[:, 1]  # row after row, as many as the row's size
         numbers, repeats = sizes.unique_consecutive(return_counts=True)
         lengths = (numbers * repeats).tolist()
         numbers, repeats = numbers.tolist(), repeats.tolist()
-        blocks.kept[batch, heads] = [
+        blocks.kept[key] = [
             _Bucket(members, groups.unflatten(0, (-1, number)))
             for number, members, groups in zip(numbers, rows.split(repeats), columns.split(lengths), strict=True)
         ]
-    return blocks.kept[batch, heads]
+    return blocks.kept[key]
 
 
 def _gather(q: Tensor, k: Tensor, v: Tensor, blocks: HeadBlocks, mask: Tensor | None, scale: float | None) -> Tensor:
@@ -186,9 +191,10 @@ def _gather(q: Tensor, k: Tensor, v: Tensor, blocks: HeadBlocks, mask: Tensor | 
     queries, keys, values = (x.flatten(0, 2) for x in (q, k, v))  # (B*h*L, d)
     allowed = _allowed(blocks, mask, batch, device)
     room = GATHERED if device.type == "cpu" else 2**8 * GATHERED
-    parts, buckets = [], _buckets(blocks, batch, heads)
+    parts, buckets = [], _buckets(blocks, batch, heads, device)
     for bucket in buckets:
-        piece = max(1, room // ((bucket.groups.shape[1] * order.length + len(text)) * width))
+        piece = room // ((bucket.groups.shape[1] * order.length + len(text)) * width)
+        piece = min(max(1, piece), MOST)
         for rows, groups in zip(bucket.rows.split(piece), bucket.groups.split(piece), strict=True):
             first = (rows // count * length)[:, None]  # token of its head in the list
             asked = first + torch.cat([places[groups].flatten(1), text.expand(len(rows), -1)], dim=1)
@@ -237,8 +243,11 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, blocks: HeadBlocks, mask: Tensor | No
     if mask is not None and mask.dtype != torch.bool:
         raise ValueError("the flex path takes a bool mask of keys; choose gather for a bias")
     index = flex_order(blocks).to(q.device)
-    made = flex_mask(blocks, q.shape[0], q.shape[1], mask, q.device)
-    out = compiled_flex()(*(x[:, :, index] for x in (q, k, v)), block_mask=made, scale=scale)
+    key = ("flex", *q.shape[:2], q.device, torch.is_grad_enabled())
+    kept = blocks.kept if mask is None else {}
+    if key not in kept:
+        kept[key] = flex_mask(blocks, q.shape[0], q.shape[1], mask, q.device)
+    out = compiled_flex()(*(x[:, :, index] for x in (q, k, v)), block_mask=kept[key], scale=scale)
     places, text = len(blocks.order.index), blocks.before + blocks.after
     return blocks.joined(out[:, :, blocks.order.inverse.to(q.device)], out[:, :, places : places + text])
 
