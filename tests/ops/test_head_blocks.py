@@ -213,3 +213,4 @@ def test_flex_equals_masked_attention_and_other_tables_need_no_compiling():
         results = [head_block_attention(q, k, v, one, some, backend=name) for name in ("dense", "flex")]
         assert torch.allclose(*results, atol=1e-5)
     assert [key[0] for key in one.kept] == ["flex"]
+    assert one.nbytes > 2 * one.table.nbytes

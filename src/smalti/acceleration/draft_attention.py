@@ -110,7 +110,7 @@ class DraftAttention(CoreMethod):
         return Memory()
 
     def kept(self, state: Memory) -> int:
-        return sum(blocks.table.nbytes for _, blocks in state.blocks.values())
+        return sum(blocks.nbytes for _, blocks in state.blocks.values())
 
     def at_core(self, state: Memory, call: CoreCall) -> Tensor:
         grid = image_grid(call.layout, call.key_layout)
@@ -123,26 +123,31 @@ class DraftAttention(CoreMethod):
         share = kept_share(order.count, self.sparsity, self.rule)
         if sparse_cost(order, share or 0, text) + draft_cost >= 1:
             return call.attend(call.q, call.k, call.v, call.mask)
-        blocks = self._blocks(state, call, order, mask)
+        kept = self._kept_blocks(state, call)
+        blocks = self._choose_blocks(state, call, order, mask) if kept is None else kept
         share = blocks.attended if share is None else share
         backend = choose(order, share, text, call.q.device, mask)
         if backend == "full":
             return call.attend(call.q, call.k, call.v, call.mask)
-        call.note(backend)
+        call.note(backend if kept is None else f"{backend}, blocks kept")
         return head_block_attention(call.q, call.k, call.v, blocks, mask, call.scale, backend)
 
-    def _blocks(self, state: Memory, call: CoreCall, order: GroupOrder, mask: Tensor | None) -> HeadBlocks:
-        """The blocks of this attention, chosen anew or `reuse` evaluations ago at most."""
-        key, now = f"{call.site}#{call.site.occurrence}", call.moment.evaluation
-        if key in state.blocks and now - state.blocks[key][0] < self.reuse:
-            return state.blocks[key][1]
+    def _kept_blocks(self, state: Memory, call: CoreCall) -> HeadBlocks | None:
+        """The blocks that this attention chose less than `reuse` evaluations ago."""
+        made, blocks = state.blocks.get(_key(call), (0, None))
+        return blocks if call.moment.evaluation - made < self.reuse else None
+
+    def _choose_blocks(self, state: Memory, call: CoreCall, order: GroupOrder, mask: Tensor | None) -> HeadBlocks:
         image = call.layout.span("image")
         scores = guide_scores(
             self.guide, call.q, call.k, order, image.start, mask, call.scale, self.sparsity, call.site.depth
         )
         table = keep_blocks(scores, self.sparsity, self.rule)
         blocks = head_blocks(order, table, image.start, len(call.layout) - image.stop)
-        call.note(f"{self.guide} map")
         if self.reuse > 1:
-            state.blocks[key] = (now, blocks)
+            state.blocks[_key(call)] = (call.moment.evaluation, blocks)
         return blocks
+
+
+def _key(call: CoreCall) -> str:
+    return f"{call.site}#{call.site.occurrence}"

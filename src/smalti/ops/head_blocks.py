@@ -17,12 +17,13 @@ Shapes: B batch, h heads, G groups of g places, L tokens, M of them text, d head
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import flex_attention as flex
+from torch.utils._pytree import tree_leaves
 
 from smalti.ops.block_mask import TILE, Backend
 from smalti.ops.token_order import GroupOrder
@@ -64,6 +65,12 @@ class HeadBlocks:
     def text(self) -> Tensor:
         """Where the text tokens stand (M,)."""
         return torch.cat([torch.arange(self.before), torch.arange(self.image.stop, self.image.stop + self.after)])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the table and of what was derived from it."""
+        derived = [one.as_tuple() if isinstance(one, flex.BlockMask) else one for one in self.kept.values()]
+        return sum(one.nbytes for one in tree_leaves([self.table, derived]) if isinstance(one, Tensor))
 
     def joined(self, image: Tensor, text: Tensor) -> Tensor:
         """Image (..., N, d) and text tokens (..., M, d) where they stood (..., L, d)."""
@@ -153,8 +160,7 @@ def token_mask(blocks: HeadBlocks, device: torch.device, mask: Tensor | None = N
     return torch.zeros_like(allowed, dtype=mask.dtype).masked_fill(~allowed, -torch.inf) + mask
 
 
-@dataclass(frozen=True)
-class _Bucket:
+class _Bucket(NamedTuple):
     """Rows that attend to equally many groups.
 
     Args:
