@@ -5,9 +5,9 @@ of the target tokens, softened by a strength u of each head:
 
     O_soft = (1 - u) A V + u A' V
 
-which needs no map at all: every A' V is V itself, or one more fused attention. Two other paths from A to A' mix maps
-(log-linear; and slerp, the shortest way of Fisher and Rao, along the great circle of their square roots), so these write
-them out: L^2 numbers a head, for small shapes.
+which needs no map at all: every A' V is V itself, or one more fused attention. Two other paths from A to A' mix the
+maps themselves (log-linear; and slerp, the shortest way of Fisher and Rao, along the great circle of square roots), so
+these write them out: L^2 numbers a head, for small shapes.
 
 Kinds of damage: `identity` (A' = I: each token keeps its own value), `uniform` (all keys alike), `mean query` (all
 target tokens ask with their mean query), `temperature:T` (scores over T), `zero` (target tokens take nothing from one
