@@ -150,7 +150,7 @@ def test_a_whole_layer_is_all_of_its_heads(predict):
 def test_kinds_targets_and_paths_differ(predict):
     kinds = ("identity", "uniform", "mean query", "temperature:4", "zero")
     settings = [{"kind": kind, "target": target} for kind in kinds for target in ("joint", "image")]
-    settings += [{"path": "slerp"}, {"path": "log-linear"}]
+    settings += [{"blend": "slerp"}, {"blend": "log-linear"}]
     results = [predict(PerturbedHeads({(1, 0): 0.5}, guidance=1.0, **one)) for one in settings]
     for index, one in enumerate(results):
         assert all(not torch.allclose(one, other, atol=1e-5) for other in results[:index]), settings[index]
@@ -211,7 +211,7 @@ def test_a_run_without_a_guided_call_says_so(predict, model):
 @pytest.mark.parametrize(
     "settings",
     [{"guidance": 0.0}, {"start": 0.5, "end": 0.5}, {"rescale": 2.0}, {"rows": "cond"}, {"rows": "branch:"},
-     {"target": "text"}, {"path": "cubic"}, {"kind": "blur"}, {"kind": "zero", "path": "slerp"}, {"heads": "H1"}],
+     {"target": "text"}, {"blend": "cubic"}, {"kind": "blur"}, {"kind": "zero", "blend": "slerp"}, {"heads": "H1"}],
 )  # fmt: skip
 def test_bad_settings_are_refused_in_one_line(settings):
     with pytest.raises(UserError) as error:

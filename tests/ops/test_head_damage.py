@@ -71,16 +71,16 @@ def test_rows_of_a_batch_have_strengths_of_their_own():
     assert torch.allclose(out[1, 2], (plain[1, 2] + v[1, 2]) / 2)
 
 
-@pytest.mark.parametrize("path", ["log-linear", "slerp"])
+@pytest.mark.parametrize("blend", ["log-linear", "slerp"])
 @pytest.mark.parametrize("kind", KINDS[:4])
-def test_other_paths_begin_and_end_at_the_same_maps(path, kind):
+def test_other_paths_begin_and_end_at_the_same_maps(blend, kind):
     q, k, v = inputs()
-    at = {u: soften_maps(q, k, v, None, torch.full((3, 1, 1), u), 0.7, kind, None, path) for u in (0.0, 0.5, 1.0)}
+    at = {u: soften_maps(q, k, v, None, torch.full((3, 1, 1), u), 0.7, kind, None, blend) for u in (0.0, 0.5, 1.0)}
     linear = {u: soften_maps(q, k, v, None, torch.full((3, 1, 1), u), 0.7, kind) for u in (0.0, 0.5, 1.0)}
     assert torch.allclose(at[0.0], linear[0.0], atol=1e-3)
     assert torch.allclose(at[1.0], linear[1.0], atol=1e-3)
     assert (at[0.5] - linear[0.5]).abs().max() > 1e-3
-    ones = soften_maps(q, k, torch.ones_like(v), None, torch.full((3, 1, 1), 0.5), 0.7, kind, None, path)
+    ones = soften_maps(q, k, torch.ones_like(v), None, torch.full((3, 1, 1), 0.5), 0.7, kind, None, blend)
     assert torch.allclose(ones, torch.ones_like(v), atol=1e-4)  # rows of the map sum to one
 
 
@@ -94,11 +94,11 @@ def test_halfway_on_the_great_circle_is_as_near_to_both():
 
 def test_what_cannot_be_is_refused():
     q, k, v = inputs()
-    with pytest.raises(UserError, match="no slerp path"):
-        soften_maps(q, k, v, None, torch.ones(3, 1, 1), kind="zero", path="slerp")
+    with pytest.raises(UserError, match="no slerp blend"):
+        soften_maps(q, k, v, None, torch.ones(3, 1, 1), kind="zero", blend="slerp")
     big = torch.empty(1, 24, 8192, 1, device="meta")
     with pytest.raises(Refusal, match="GiB"):
-        soften_maps(big, big, big, None, torch.ones(24, 1, 1), path="slerp")
+        soften_maps(big, big, big, None, torch.ones(24, 1, 1), blend="slerp")
     for kind in ("identty", "temperature", "temperature:0", "temperature:x", "temperature:T"):
         with pytest.raises(UserError, match="unknown kind"):
             check_kind(kind)

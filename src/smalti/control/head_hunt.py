@@ -187,5 +187,8 @@ class _Search:
 
 def pick(prompts: Prompts, indices: Sequence[int]) -> Prompts:
     """The prompts at these indices."""
-    parts = (prompts.texts, prompts.styles, prompts.seeds)
-    return Prompts(*(tuple(values[index] for index in indices) for values in parts))
+    return Prompts(
+        tuple(prompts.texts[index] for index in indices),
+        tuple(prompts.styles[index] for index in indices),
+        tuple(prompts.seeds[index] for index in indices),
+    )

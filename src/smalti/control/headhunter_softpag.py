@@ -19,7 +19,7 @@ section 5 (SoftPAG). The other kinds of damage are those of `ops.head_damage`.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Self
 
 import torch
@@ -30,7 +30,7 @@ from smalti.core.errors import Refusal, UserError, unknown_name
 from smalti.core.method import CoreCall, CoreMethod, Method, Moment, Outputs, Reading, StepCall, StepMethod
 from smalti.core.protocols import TokenLayout
 from smalti.ops.guidance_terms import guide_away
-from smalti.ops.head_damage import PATHS, Path, check_kind, soften, soften_maps
+from smalti.ops.head_damage import BLENDS, Blend, check_kind, soften, soften_maps
 from smalti.seams.heads import Address, is_self_attention, strengths
 from smalti.seams.schedule import is_early, is_late
 
@@ -74,7 +74,7 @@ class PerturbedHeads(StepMethod, CoreMethod):
         start, end: shares of the run's steps between which it acts.
         target: joint (text rows of a head are damaged as well) or image (these rows alone).
         kind: identity, uniform, mean query, temperature:T or zero.
-        path: linear, or by written-out maps log-linear or slerp, for small shapes.
+        blend: linear, or by written-out maps log-linear or slerp, for small shapes.
         rescale: share in [0, 1] by which the spread of the guided prediction is set back to the plain one's.
 
     Raises:
@@ -89,7 +89,7 @@ class PerturbedHeads(StepMethod, CoreMethod):
     end: float = 1.0
     target: str = "joint"
     kind: str = "identity"
-    path: Path = "linear"
+    blend: Blend = "linear"
     rescale: float = 0.0
 
     order = -10  # outermost, so that what other methods make of attention is softened too
@@ -98,7 +98,7 @@ class PerturbedHeads(StepMethod, CoreMethod):
 
     def __post_init__(self):
         check_kind(self.kind)
-        for name, allowed in (("target", TARGETS), ("path", PATHS)):
+        for name, allowed in (("target", TARGETS), ("blend", BLENDS)):
             if getattr(self, name) not in allowed:
                 raise unknown_name(name, getattr(self, name), allowed)
         if self.rows not in ROWS[:4] and not (self.rows.startswith("branch:") and len(self.rows) > 7):
@@ -109,8 +109,8 @@ class PerturbedHeads(StepMethod, CoreMethod):
             raise UserError(
                 f"got start={self.start}, end={self.end}, rescale={self.rescale}; give shares with start below end"
             )
-        if self.kind == "zero" and self.path != "linear":
-            raise UserError(f"zeroed attention has no {self.path} path; choose path='linear'")
+        if self.kind == "zero" and self.blend != "linear":
+            raise UserError(f"zeroed attention has no {self.blend} blend; choose blend='linear'")
         _ = self.sets
 
     @cached_property
@@ -126,7 +126,7 @@ class PerturbedHeads(StepMethod, CoreMethod):
             return HeadSet(heads, self.kind, self.target)
         if isinstance(heads, str) and not heads.endswith(".json"):
             return HeadSet(read_heads_text(heads), self.kind, self.target)
-        found = HeadSet.load(FilePath(heads)) if isinstance(heads, str) else heads
+        found = HeadSet.load(Path(heads)) if isinstance(heads, str) else heads
         if (found.kind, found.target) != (self.kind, self.target):
             raise UserError(
                 f"these heads were found with kind={found.kind!r}, target={found.target!r}, "
@@ -146,7 +146,7 @@ class PerturbedHeads(StepMethod, CoreMethod):
     def variants(cls) -> tuple[Self, ...]:
         return (
             cls({(0, None): 0.5}, guidance=1.0, target="image", kind="mean query", rescale=0.5),
-            cls({(0, 1): 0.5}, guidance=1.0, path="slerp"),
+            cls({(0, 1): 0.5}, guidance=1.0, blend="slerp"),
         )
 
     @property
@@ -260,9 +260,9 @@ class PerturbedHeads(StepMethod, CoreMethod):
             return call.attend(call.q, call.k, call.v, call.mask)
         target = _image_rows(call.layout, call.q.device) if self.target == "image" else None
         state.layers.add(call.site.depth)
-        if self.path == "linear":
+        if self.blend == "linear":
             return soften(call.q, call.k, call.v, call.mask, strength, call.attend, self.kind, target)
-        maps = soften_maps(call.q, call.k, call.v, call.mask, strength, call.scale, self.kind, target, self.path)
+        maps = soften_maps(call.q, call.k, call.v, call.mask, strength, call.scale, self.kind, target, self.blend)
         return torch.where(strength > 0, maps, call.attend(call.q, call.k, call.v, call.mask))
 
     def _strength(self, state: Pass, call: CoreCall) -> Tensor | None:

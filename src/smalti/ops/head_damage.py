@@ -25,9 +25,9 @@ from torch import Tensor
 
 from smalti.core.errors import Refusal, UserError, unknown_name
 
-Path = Literal["linear", "log-linear", "slerp"]
+Blend = Literal["linear", "log-linear", "slerp"]
 KINDS = ("identity", "uniform", "mean query", "temperature:T", "zero")
-PATHS = ("linear", "log-linear", "slerp")
+BLENDS = ("linear", "log-linear", "slerp")
 MOST_BYTES = 2**31
 FLOOR = 1e-8
 """Smallest probability on the log-linear path: the logarithm of an identity map needs one."""
@@ -87,7 +87,7 @@ def soften_maps(
     scale: float | None = None,
     kind: str = "identity",
     target: Tensor | None = None,
-    path: Path = "linear",
+    blend: Blend = "linear",
 ) -> Tensor:
     """As `soften` with the maps written out: the other paths, and the reference of the linear one.
 
@@ -95,13 +95,15 @@ def soften_maps(
         Refusal: the maps would take more than 2 GiB.
         UserError: `zero` on another path than the linear one, whose rows are no probabilities.
     """
-    if kind == "zero" and path != "linear":
+    if kind == "zero" and blend != "linear":
         raise UserError(
-            f"a zeroed map holds no probabilities, so it has no {path} path; choose linear, or another kind"
+            f"a zeroed map holds no probabilities, so it has no {blend} blend; choose linear, or another kind"
         )
     size = 4 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
     if size > MOST_BYTES:
-        raise Refusal(f"the {path} path writes attention maps out: {size / 2**30:.1f} GiB here; choose path='linear'")
+        raise Refusal(
+            f"the {blend} blend writes attention maps out: {size / 2**30:.1f} GiB here; choose blend='linear'"
+        )
     plain = _attention_map(q, k, mask, scale)
     if kind == "identity":
         damaged = torch.eye(q.shape[2], device=q.device).expand_as(plain)
@@ -110,7 +112,7 @@ def soften_maps(
     else:
         damaged = _attention_map(_damaged_queries(q, kind, target), k, mask, scale)
     u = strength.float() if target is None else strength.float() * target
-    return (_between(plain, damaged, u, path) @ v.float()).to(v.dtype)
+    return (_between(plain, damaged, u, blend) @ v.float()).to(v.dtype)
 
 
 def _damaged_queries(q: Tensor, kind: str, target: Tensor | None) -> Tensor:
@@ -133,11 +135,11 @@ def _attention_map(q: Tensor, k: Tensor, mask: Tensor | None, scale: float | Non
     return scores.softmax(-1)
 
 
-def _between(one: Tensor, other: Tensor, u: Tensor, path: Path) -> Tensor:
+def _between(one: Tensor, other: Tensor, u: Tensor, blend: Blend) -> Tensor:
     """The map at u on the way from one (u = 0) to the other."""
-    if path == "linear":
+    if blend == "linear":
         return torch.lerp(one, other, u.expand_as(one))
-    if path == "log-linear":
+    if blend == "log-linear":
         return torch.lerp(one.clamp_min(FLOOR).log(), other.clamp_min(FLOOR).log(), u.expand_as(one)).softmax(-1)
     angle = (one.sqrt() * other.sqrt()).sum(-1, keepdim=True).clamp(0, 1 - 1e-7).acos()
     root = (((1 - u) * angle).sin() * one.sqrt() + (u * angle).sin() * other.sqrt()) / angle.sin()
