@@ -5,11 +5,12 @@ import torch
 
 import smalti
 from smalti.control.head_atlas import head_atlas
-from smalti.control.head_hunt import hunt_heads, pick
+from smalti.control.head_hunt import hunt_heads
 from smalti.control.headhunter_softpag import PerturbedHeads
 from smalti.core.errors import UserError
 from smalti.core.protocols import Cond
 from smalti.evaluation.held_out_prompts import Prompts
+from smalti.evaluation.prompt_split import pick
 from smalti.evaluation.rewards import brightness, darkness
 
 HEADS = [(layer, head) for layer in range(3) for head in range(2)]

@@ -27,6 +27,7 @@ from smalti.control.headhunter_softpag import PerturbedHeads
 from smalti.core.errors import UserError
 from smalti.core.protocols import Latents
 from smalti.evaluation.held_out_prompts import Prompts, draw_latents
+from smalti.evaluation.prompt_split import pick
 from smalti.evaluation.rewards import Reward
 from smalti.seams.apply import denoisers
 from smalti.seams.heads import Address, read_heads
@@ -183,12 +184,3 @@ class _Search:
             if bar is not None:
                 bar.update(len(some))
         return rewards
-
-
-def pick(prompts: Prompts, indices: Sequence[int]) -> Prompts:
-    """The prompts at these indices."""
-    return Prompts(
-        tuple(prompts.texts[index] for index in indices),
-        tuple(prompts.styles[index] for index in indices),
-        tuple(prompts.seeds[index] for index in indices),
-    )
