@@ -34,7 +34,7 @@ from smalti.ops.head_damage import BLENDS, Blend, check_kind, soften, soften_map
 from smalti.seams.heads import Address, is_self_attention, strengths
 from smalti.seams.schedule import is_early, is_late
 
-Heads = HeadSet | Mapping[Address, float] | str
+Heads = HeadSet | Mapping[Address, float] | Mapping[tuple[int, int], float] | str
 TARGETS = ("joint", "image")
 ROWS = ("auto", "all", "first half", "second half", "branch:NAME")
 
@@ -123,7 +123,7 @@ class PerturbedHeads(StepMethod, CoreMethod):
 
     def _read(self, heads: Heads) -> HeadSet:
         if isinstance(heads, Mapping):
-            return HeadSet(heads, self.kind, self.target)
+            return HeadSet(heads, self.kind, self.target)  # type: ignore[arg-type]
         if isinstance(heads, str) and not heads.endswith(".json"):
             return HeadSet(read_heads_text(heads), self.kind, self.target)
         found = HeadSet.load(Path(heads)) if isinstance(heads, str) else heads
