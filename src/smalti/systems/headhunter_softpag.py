@@ -118,7 +118,7 @@ def small(ctx) -> Verdict:
             "w = 1: six best heads 0.476, best layer 0.457; w = 2: 0.443, 0.456; under guidance of 3: 0.487, w = 1: "
             "0.486, 0.473: hence w = 1 and no guidance",
             "first run of this claim, not recorded: fails, heads 0.432, layer 0 0.439, guidance alone 0.449, plain "
-            "0.416, random 0.400; dark and colourful gave the same heads, so sharp took the place of colourful after it",
+            "0.416, random 0.400; dark and colourful gave the same heads, so sharp stands for colourful since",
         ),
         weaker="the card asks for guidance alone < best layer < heads; that guidance alone is better was seen in the "
         "trial before, so the rule asks for the second half, and the first is reported",
