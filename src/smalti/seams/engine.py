@@ -99,6 +99,8 @@ class MethodFrame(Frame):
         """The model call, through all step methods."""
 
         def plain() -> Outputs:
+            for counted in (self.occurrences, self.core_calls, self.decisions):
+                counted.clear()  # a step method may run the model again: its sites are the same
             with entered(self):
                 leaves, spec = pytree.tree_flatten(forward(*args, **kwargs))
             self.shapes[self.model] = Shape(spec, ())
