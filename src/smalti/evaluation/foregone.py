@@ -1,9 +1,10 @@
 """What a block method would have answered, beside the truth: every block runs, and the method is only asked."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
+import numpy as np
 from torch import Tensor
 
 from smalti.core.method import BlockCall, BlockMethod
@@ -43,3 +44,9 @@ class Foregone(BlockMethod):
             error = (answer[kind] - truth[kind]).abs().mean() / truth[kind].abs().mean()
             self.errors[call.moment.branch, call.moment.evaluation] = error.item()
         return truth
+
+
+def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
+    """Spearman's correlation in [-1, 1] of two lists of distinct numbers."""
+    ranks = (np.argsort(np.argsort(values)) for values in (one, other))
+    return float(np.corrcoef(*ranks)[0, 1])
