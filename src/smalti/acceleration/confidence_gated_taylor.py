@@ -143,7 +143,8 @@ class ConfidenceGatedTaylor(BlockMethod):
         return tuple(self._traces)  # type: ignore[attr-defined]  # set beside the fields: a log, no setting
 
     def idle_reason(self, evaluations: int) -> str:
-        errors = [error for trace in self.traces for error in trace.errors if error is not None]
+        idle = (trace for trace in self.traces if all(trace.full))
+        errors = [error for trace in idle for error in trace.errors if error is not None]
         if not errors:
             return f"{evaluations} evaluations are no more than warm-up (warmup={self.warmup}) and the last step"
         return (
