@@ -133,6 +133,10 @@ class ConfidenceGatedTaylor(BlockMethod):
     def variants(cls) -> tuple[Self, ...]:
         return (cls(tau=1e6, reduction="max", order=0, probe_order=0), cls(tau=0, forced=(3, 4, 7, 8)))
 
+    @classmethod
+    def candidates(cls, steps: int, speedup: float) -> "tuple[Self, ...]":
+        return tuple(cls(tau, order=2, probe_order=1) for tau in (0.05, 0.1, 0.2, 0.03, 0.4, 0.02))
+
     @property
     def is_neutral(self) -> bool:
         return not self.tau and not self.forced

@@ -193,6 +193,16 @@ class Method(ABC):
         """Further settings like `active` that work in another way."""
         return ()
 
+    @classmethod
+    def candidates(cls, steps: int, speedup: float) -> "tuple[Method, ...]":
+        """Settings that a planner tries, the likeliest first; by default none, and planners leave the method out.
+
+        Args:
+            steps: evaluations of a run.
+            speedup: how many times faster it is to be.
+        """
+        return ()
+
     @property
     @abstractmethod
     def is_neutral(self) -> bool:

@@ -15,6 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from smalti.core.errors import UserError, unknown_name
 from smalti.core.files import atomic_file, check_creatable
 from smalti.core.seeds import check_seed, generators_for
+from smalti.evaluation.pipe_calls import read_size
 from smalti.evaluation.sheet import sheet
 from smalti.sampling.pipeline import TextToImagePipeline
 from smalti.sampling.schedulers import make_scheduler
@@ -98,7 +99,7 @@ def draw(request: Request) -> dict[str, Any]:
         UserError: unknown model or style, no prompt, a size that does not fit, a place that cannot be written.
     """
     check_creatable(request.out)
-    height, width = _size(request.size)
+    sides = read_size(request.size or "")
     methods = [make_method(words) for words in request.methods]
     scheduler = make_scheduler(request.solver)
     pipe = load_model(request.model, "cuda" if torch.cuda.is_available() else "cpu")
@@ -111,7 +112,7 @@ def draw(request: Request) -> dict[str, Any]:
     started = time.perf_counter()
     with ExitStack() as stack:
         handle = stack.enter_context(apply(pipe, *methods)) if methods else None
-        images = _draw(pipe, request, wanted, height, width)
+        images = _draw(pipe, request, wanted, sides)
     seconds = time.perf_counter() - started
     first = _first(images[0])
     settings = {
@@ -132,9 +133,7 @@ def draw(request: Request) -> dict[str, Any]:
     }
 
 
-def _draw(
-    pipe: TextToImagePipeline, request: Request, wanted: list[_Picture], height: int | None, width: int | None
-) -> list[Drawn]:
+def _draw(pipe: TextToImagePipeline, request: Request, wanted: list[_Picture], sides: dict[str, int]) -> list[Drawn]:
     images: list[Drawn] = []
     for start in range(0, len(wanted), BATCH):
         part = wanted[start : start + BATCH]
@@ -143,8 +142,7 @@ def _draw(
             style=[picture.style for picture in part],
             num_inference_steps=request.steps,
             guidance_scale=request.guidance,
-            height=height,
-            width=width,
+            **sides,
             generator=generators_for([picture.seed for picture in part]),
             return_dict=False,
         )[0]
@@ -175,15 +173,6 @@ def _pictures(request: Request, pipe: TextToImagePipeline) -> list[_Picture]:
         raise unknown_name("style", request.style, [*styles, "all"])
     seeds = range(request.seed, request.seed + request.count)
     return [_Picture(prompt, style, seed) for prompt in prompts for style in chosen for seed in seeds]
-
-
-def _size(text: str | None) -> tuple[int | None, int | None]:
-    if text is None:
-        return None, None
-    parts = text.lower().split("x")
-    if len(parts) > 2 or not all(part.isascii() and part.isdigit() for part in parts):
-        raise UserError(f"size {text!r} is not understood; write pixels such as 64, or height x width such as 64x96")
-    return int(parts[0]), int(parts[-1])
 
 
 def _files(out: Path, count: int) -> list[Path]:
