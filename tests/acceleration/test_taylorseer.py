@@ -114,8 +114,8 @@ def test_time_as_abscissa_matters_on_uneven_steps(model):
 
 
 def test_full_evaluations_can_be_named():
-    assert schedule(TaylorSeer(full_at=(0, 1, 4, 9)), steps=12) == [0, 1, 4, 9]
-    assert schedule(TaylorSeer(full_at=(0, 1, 4), last_full=1), steps=12) == [0, 1, 4, 11]
+    assert schedule(TaylorSeer(full_at=(0, 1, 4, 9)), 12) == [0, 1, 4, 9]
+    assert schedule(TaylorSeer(full_at=(0, 1, 4), last_full=1), 12, 12) == [0, 1, 4, 11]
     for places in ((1, 3), (0, 3, 2), (0, 2, 2)):
         with pytest.raises(UserError, match="rising indices"):
             TaylorSeer(full_at=places)

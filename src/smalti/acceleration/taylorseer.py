@@ -189,8 +189,10 @@ class TaylorSeer(StepMethod, SublayerMethod):
 
 
 def spread_places(count: int, steps: int, bend: float) -> tuple[int, ...]:
-    """So many of the indices 0 to steps - 1, the first and the last among them, at (i / (count - 1)) ** bend of the way:
-    with a bend above 1 the early ones are the closest."""
+    """So many of the indices 0 to steps - 1, the first and the last among them: (i / (count - 1)) ** bend of the way.
+
+    With a bend above 1 the early ones are the closest.
+    """
     places = [0]
     for i in range(1, count):
         wanted = round((i / (count - 1)) ** bend * (steps - 1))
