@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -92,7 +92,8 @@ def generate(
     size: Annotated[str | None, typer.Option(help="Pixels: one number or HEIGHTxWIDTH.")] = None,
     solver: Annotated[str, typer.Option(help="euler, heun, dpm++, unipc or sde.")] = "euler",
     methods: Annotated[
-        list[str], typer.Option("--apply", metavar="SLUG[:KEY=VALUE,...]", help="A method, such as taylorseer.")
+        list[str],
+        typer.Option("--apply", metavar="SLUG[:KEY=VALUE,...]|PLAN", help="A method, or the file of a plan."),
     ] = [],  # noqa: B006 (typer copies it)
     as_json: Json = False,
 ) -> None:
@@ -107,6 +108,34 @@ def generate(
     if result["sheet"]:
         lines.append(f"{result['sheet']}  sheet of all")
     _print(result, as_json, "\n".join(lines))
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="Name of a shipped model, or the folder of any diffusers pipeline.")],
+    speedup: Annotated[float | None, typer.Option(help="So many times faster, as near as possible.")] = None,
+    psnr: Annotated[float | None, typer.Option(help="So near in dB, as fast as possible.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Yours, a line each or .jsonl; else held-out captions.")] = None,
+    steps: Annotated[int, typer.Option(help="Sampling steps of the plain run.")] = 28,
+    size: Annotated[str, typer.Option(help="Pixels: one number or HEIGHTxWIDTH; the pipeline's own if empty.")] = "",
+    batch: Annotated[int, typer.Option(help="Prompts in a call.")] = 1,
+    budget: Annotated[float, typer.Option(metavar="MINUTES", help="Of searching; the verdict comes on top.")] = 10.0,
+    max_memory: Annotated[float | None, typer.Option(metavar="GIB", help="That methods may keep.")] = None,
+    out: Annotated[Path, typer.Option(help="The plan's json file; a search that was stopped goes on.")] = Path(
+        "out/plan.json"
+    ),
+    plot: Annotated[Path | None, typer.Option(help="PNG file of time against distance.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Choose methods that meet a target on a pipeline, and show what they cost."""
+    from smalti.tasks import plan_pipeline
+
+    request = plan_pipeline.Request(
+        model, speedup, psnr, prompts, steps, size, batch, budget, max_memory, out, plot, device
+    )
+    found = plan_pipeline.make(request)
+    _print({**asdict(found), "file": str(out)}, as_json, plan_pipeline.text(found, out))
 
 
 @app.command()

@@ -230,6 +230,18 @@ class Method(ABC):
         return 0
 
 
+class Bundle(ABC):
+    """Methods that go together on one model and setting, such as a plan; `smalti.apply` takes it in their place."""
+
+    @abstractmethod
+    def methods_for(self, target: Any) -> "tuple[Method, ...]":
+        """The methods; raises `Refusal` if they are not for this pipeline or model."""
+
+    @abstractmethod
+    def check_run(self, moment: Moment, sample: tuple[int, ...]) -> None:
+        """Raises `Refusal` if a run that begins, with a sample of this shape, is not what they are for."""
+
+
 class StepMethod(Method):
     """Acts on the whole denoiser call."""
 

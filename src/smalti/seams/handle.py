@@ -3,7 +3,7 @@
 import inspect
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from smalti.core.errors import NeverEngaged, Refusal
-from smalti.core.method import BlockMethod, CoreMethod, Method, Moment, StepMethod, SublayerMethod
+from smalti.core.method import BlockMethod, Bundle, CoreMethod, Method, Moment, StepMethod, SublayerMethod
 from smalti.seams.anatomy import Anatomy
 from smalti.seams.attach import Undo, attach, check_attached
 from smalti.seams.engine import Acting, MethodFrame
@@ -55,8 +55,10 @@ class Handle:
     `lane`, `branch` and `run` say what the calls of a model do not tell.
     """
 
-    def __init__(self, target: Any, anatomies: list[Anatomy], methods: tuple[Method, ...]):
-        self.methods = methods
+    def __init__(
+        self, target: Any, anatomies: list[Anatomy], methods: tuple[Method, ...], bundles: Sequence[Bundle] = ()
+    ):
+        self.methods, self._bundles = methods, bundles
         self._runs, self._counts = Runs(), _Counts()
         self._attached = [_Attached(anatomy, inspect.signature(anatomy.model.forward)) for anatomy in anatomies]
         self._reads_layouts = any(isinstance(method, (CoreMethod, BlockMethod)) for method in methods)
@@ -163,6 +165,9 @@ class Handle:
                 raise Refusal(f"{refusing[0]} takes no gradients; call {name} under torch.no_grad(), or take it off")
         arguments = attached.signature.bind(*args, **kwargs).arguments
         run, moment = self._place(index, arguments)
+        if moment.evaluation == 0:
+            for bundle in self._bundles:
+                bundle.check_run(moment, shape_of(arguments.get(attached.anatomy.sample)))
         frame = MethodFrame(
             attached.anatomy.model, self._acting(run, index, moment.branch), moment,
             self._layouts(attached, forward, arguments), run.shapes,
@@ -267,6 +272,11 @@ class Handle:
         events = {event: count for (one, event), count in self._counts.events.items() if one == index}
         left_off = tuple(site for site in hooked if site not in reached) if self._counts.calls else ()
         return MethodReport(str(method), events, len(hooked), left_off, self._counts.kept[index])
+
+
+def shape_of(sample: Any) -> tuple[int, ...]:
+    """Of the noisy sample; of a list of them its length alone."""
+    return tuple(sample.shape) if isinstance(sample, torch.Tensor) else (len(sample),) if sample else ()
 
 
 def sites_of(method: Method, anatomy: Anatomy) -> list[Any]:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from smalti.acceleration.plan import Plan
 from smalti.core.errors import UserError, unknown_name
 from smalti.core.files import atomic_file, check_creatable
 from smalti.core.seeds import check_seed, generators_for
@@ -47,7 +48,7 @@ class Request:
         style: drawing style or label; "all" draws each; the model's first if None.
         size: pixels, "64" or "64x96" (height x width); the model's own if None.
         solver: euler, heun, dpm++, unipc or sde.
-        methods: training-free methods that act while drawing, such as "taylorseer:interval=4".
+        methods: training-free methods that act while drawing, such as "taylorseer:interval=4", or files of plans.
 
     Raises:
         UserError: a value is out of range.
@@ -100,7 +101,7 @@ def draw(request: Request) -> dict[str, Any]:
     """
     check_creatable(request.out)
     sides = read_size(request.size or "")
-    methods = [make_method(words) for words in request.methods]
+    methods = [Plan.load(words) if words.endswith(".json") else make_method(words) for words in request.methods]
     scheduler = make_scheduler(request.solver)
     pipe = load_model(request.model, "cuda" if torch.cuda.is_available() else "cpu")
     pipe.register_modules(scheduler=scheduler)
