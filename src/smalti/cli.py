@@ -309,36 +309,10 @@ def systems(
 
     if slug is None:
         rows = [catalogue.row(one) for one in catalogue.entries()]
-        _print(rows, as_json, _by_stage(rows))
+        _print(rows, as_json, catalogue.by_stage(rows))
         return
     one = catalogue.as_json(catalogue.entry(slug))
-    _print(one, as_json, _one_system(one))
-
-
-def _by_stage(rows: list[dict[str, Any]]) -> str:
-    """The list as text, one paragraph a stage."""
-    stages: dict[str, list[str]] = {}
-    width = max(len(row["slug"]) for row in rows)
-    for row in rows:
-        line = f"  {row['state']:12} {row['slug']:{width}}  {row['summary']}"
-        stages.setdefault(row["stage"], []).append(line)
-    return "\n\n".join("\n".join([stage, *lines]) for stage, lines in stages.items())
-
-
-def _one_system(one: dict[str, Any]) -> str:
-    """A system as text."""
-    paper = f"{one['paper']['title']} (arXiv {one['paper']['arxiv']})"
-    lines = [f"{one['name']}: {one['summary']}", paper, f"{one['stage']}, {one['state']}"]
-    lines += ["", one["purpose"]] if one["purpose"] else []
-    lines += [""] + [f"{kind:10} {path}" for kind, paths in one["where"].items() for path in paths]
-    for name, record in one["verdicts"].items():
-        verdict = record["verdict"]
-        stale = ", stale: it was measured on other code" if record["stale"] else ""
-        numbers = {"ours": verdict["ours"], **verdict["comparators"]}
-        lines += ["", f"{name}: {verdict['outcome']}{stale} ({record['hardware']}, {record['date']})"]
-        lines += [f"  {verdict['measured']}; {verdict['rule']}"]
-        lines += ["  " + ", ".join(f"{key} {value:.4g}" for key, value in numbers.items())]
-    return "\n".join(lines)
+    _print(one, as_json, catalogue.as_text(one))
 
 
 @app.command()

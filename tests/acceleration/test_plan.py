@@ -5,12 +5,12 @@ import torch
 
 import smalti
 from smalti.acceleration.grat import GRAT
-from smalti.acceleration.plan import Plan, model_of, scheduler_of, words_of
+from smalti.acceleration.plan import Plan, model_of, scheduler_of
 from smalti.acceleration.taylorseer import TaylorSeer
 from smalti.core.errors import Refusal, UserError
 from smalti.core.seeds import generators_for
 from smalti.sampling.schedulers import make_scheduler
-from smalti.seams.find import make_method
+from smalti.seams.find import make_method, words_of
 from smalti.zoo.loader import load_model
 
 

@@ -5,10 +5,10 @@ import math
 
 import pytest
 
-from smalti.acceleration import planner
-from smalti.acceleration.planner import Bench, Trial, Way, front_of, neighbours, plan
+from smalti.acceleration.planner import front_of, neighbours, plan
 from smalti.acceleration.taylorseer import TaylorSeer
 from smalti.core.errors import UserError
+from smalti.evaluation.ways import Bench, Trial, Way, psnr
 from smalti.zoo.loader import load_model
 
 PROMPTS = [{"prompt": f"{thing} on a boat", "style": "round"} for thing in ("dog", "cat", "sun", "car", "tree", "egg")]
@@ -107,5 +107,5 @@ def test_what_cannot_be_planned_is_refused(pipe, prompts, target, reason):
 def test_ways_have_names_that_tell_them_apart():
     ways = [Way(), Way(steps=9), Way(solver="dpm++"), Way(interval=(0.0, 0.5)), Way((TaylorSeer(),))]
     assert len({way.name for way in ways}) == len(ways)
-    assert planner.psnr([0.5], [0.4]) == pytest.approx(20)
+    assert psnr([0.5], [0.4]) == pytest.approx(20)
     assert math.isnan(Trial(Way(), 1.0, 0.1).psnr)

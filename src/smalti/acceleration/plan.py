@@ -119,21 +119,6 @@ def scheduler_of(pipe: Any) -> str:
     return f"{type(scheduler).__name__} {settings_hash(settings)}"
 
 
-def words_of(method: Method) -> str:
-    """A method as `make_method` reads it: its slug, and what differs from its defaults."""
-    slug = type(method).__module__.rpartition(".")[2].replace("_", "-")
-    changed = [
-        f"{one.name}={_word(getattr(method, one.name))}"
-        for one in fields(method)  # type: ignore[arg-type]  # methods are dataclasses
-        if getattr(method, one.name) != one.default
-    ]
-    return f"{slug}:{','.join(changed)}" if changed else slug
-
-
-def _word(value: Any) -> str:
-    return f"[{','.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
-
-
 def _check(name: str, found: Any, wanted: Any) -> None:
     if found != wanted:
         raise Refusal(
