@@ -6,18 +6,19 @@ prediction of the others is that of the step before, and the solver moves the wh
 and renew everything (`resets`).
 
 A token's score is `m * exp(k * D)`: m is the spread over channels of what the last step added to the sample at its
-places (the increment of an Euler step is its guided velocity times a number), D how often it was left out. Of the tokens
-that a step leaves out, some have the lowest scores and some the highest (`skip`). On the high side k counts as -k:
-being left out always makes a token less likely to be left out again.
+places (an Euler step adds the guided velocity times a number, which ranks alike), D how often it was left out. Of the
+tokens that a step leaves out, some have the lowest scores and some the highest (`skip`); on the high side k counts as
+-k, so that being left out always makes a token less likely to be left out again.
 
-Source: Region-Adaptive Sampling for Diffusion Transformers (arXiv 2502.10389), section 3. Differences: the set comes from
-the increment of the sample, which holds guidance whether its branches are batched or called in turn, so that all
-branches have one set without knowing of each other; samples of a batch have sets of their own; the published code lets
-exp(k * D) raise the scores on both sides, so that with `skip` high what was left out tends to be left out again; keys
-are written after their norm and rotation, in place of a kernel that projects and scatters at once.
+Source: Region-Adaptive Sampling for Diffusion Transformers (arXiv 2502.10389), section 3. Differences: the set comes
+from the increment of the sample, which holds the guidance, whether branches are batched or called in turn: all branches
+find one set without knowing of each other. Samples of a batch have sets of their own. In the published code exp(k * D)
+raises the scores on both sides, so that with `skip` high, what was left out tends to be left out again. Keys are
+written after their norm and rotation, by an index copy in place of a kernel that projects and scatters at once.
 
-First-order solvers are what it is made for. Multistep solvers run, but mix predictions of different ages; a solver that
-evaluates twice a step gets a warning, because tokens that are left out repeat the other evaluation's prediction.
+It is made for first-order solvers. Multistep solvers run, but mix predictions of different ages; a solver that
+evaluates twice a step gets a warning, because tokens that are left out repeat the other evaluation's prediction. Noise
+that a solver adds counts as spread.
 """
 
 import warnings
@@ -25,10 +26,13 @@ from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from smalti.core.errors import Refusal, UserError, unknown_name
-from smalti.core.method import Moment, TokenMemory, TokensCall, TokensMethod
+from smalti.core.method import Moment
+from smalti.core.tokens import TokenMemory, TokensCall, TokensMethod
+from smalti.evaluation.sheet import to_images
 from smalti.ops.token_subset import is_in
 
 METRICS, SELECTIONS = ("std", "norm"), ("focus", "random")
@@ -104,7 +108,9 @@ class RAS(TokensMethod):
                 "dense, so start is at least 1, and the others are not negative"
             )
         if len(self.ramp) != 2 or (self.ramp[0] and (self.ramp[1] < 1 or self.ratios)):
-            raise UserError(f"RAS got ramp={self.ramp}; give (tokens, steps) with steps from 1, and no ratios beside it")
+            raise UserError(
+                f"RAS got ramp={self.ramp}; give (tokens, steps) with steps from 1, and no ratios beside it"
+            )
         if self.metric not in METRICS:
             raise unknown_name("metric of RAS", self.metric, METRICS)
         if self.selection not in SELECTIONS:
@@ -206,15 +212,52 @@ class RAS(TokensMethod):
             state.skips = sample.new_zeros(sample.shape[:2], dtype=torch.float32)
         state.active = None
         if quota and state.is_filled and is_next and before is not None:
-            if self.selection == "random":
-                draws = torch.rand(1, call.count, generator=torch.Generator().manual_seed(call.moment.step))
-                skipped = draws.argsort(1)[:, :quota].to(sample.device)
-            else:
-                scores = focus(sample - before, self.metric)
-                skipped = choose(scores, state.skips, quota, self.high_share(), self.starvation)
-            left = is_in(skipped, call.count)
+            left = self.leave_out(sample - before, state.skips, quota, call.moment.step)
             state.skips = state.skips + left
             state.active = (~left).nonzero()[:, 1].reshape(len(left), -1)
+
+    def leave_out(self, increment: Tensor, skips: Tensor, quota: int, step: int) -> Tensor:
+        """Which tokens a step leaves out (B, N), bool; one row for all samples if they are drawn blindly.
+
+        Args:
+            increment: what the last step added to the sample, by tokens (B, N, p, C).
+            skips: how often each token was left out (B, N).
+            quota: how many are left out.
+            step: index of the step.
+        """
+        if self.selection == "random":
+            draws = torch.rand(1, skips.shape[1], generator=torch.Generator().manual_seed(step))
+            return is_in(draws.argsort(1)[:, :quota].to(skips.device), skips.shape[1])
+        scores = focus(increment, self.metric)
+        return is_in(choose(scores, skips, quota, self.high_share(), self.starvation), skips.shape[1])
+
+
+def walk(method: RAS, path: Tensor) -> Tensor:
+    """Which tokens RAS would leave out at each step along a given path.
+
+    Args:
+        method: with its settings.
+        path: the sample by tokens at the beginning of each step (S, B, N, p, C).
+
+    Returns:
+        (S, B, N), bool.
+    """
+    skips, left = path.new_zeros(path.shape[1:3]), torch.zeros(path.shape[:3], dtype=torch.bool, device=path.device)
+    for step in range(1, len(path)):
+        quota = method.quota(Moment(step, step, 0.0, len(path)), path.shape[2])
+        if quota:
+            left[step] = method.leave_out(path[step] - path[step - 1], skips, quota, step)
+            skips = skips + left[step]
+    return left
+
+
+def longest_skip(left: Tensor) -> int:
+    """Most steps in a row that any token of (S, B, N), bool, is left out."""
+    run, longest = torch.zeros_like(left[0], dtype=torch.long), 0
+    for step in left:
+        run = (run + 1) * step
+        longest = max(longest, int(run.max()))
+    return longest
 
 
 def focus(increment: Tensor, metric: str = "std") -> Tensor:
@@ -223,6 +266,13 @@ def focus(increment: Tensor, metric: str = "std") -> Tensor:
     if metric == "norm":
         return wide.flatten(2).norm(dim=2)
     return wide.std(-1, correction=0).mean(-1)
+
+
+def draw_focus(scores: Tensor, grid: tuple[int, int], scale: int = 8) -> list[Image.Image]:
+    """Grey pictures of scores (B, N) of tokens on a grid of rows and columns, the highest score white."""
+    low, high = scores.amin(1, keepdim=True), scores.amax(1, keepdim=True)
+    grey = ((scores - low) / (high - low).clamp_min(1e-12) * 2 - 1).unflatten(1, grid)[:, None].expand(-1, 3, -1, -1)
+    return to_images(grey.repeat_interleave(scale, 2).repeat_interleave(scale, 3))
 
 
 def choose(scores: Tensor, skips: Tensor, quota: int, high: float, starvation: float) -> Tensor:

@@ -25,11 +25,9 @@ from smalti.core.method import (
     StepMethod,
     SublayerCall,
     SublayerMethod,
-    TokenMemory,
-    TokensCall,
-    TokensMethod,
 )  # fmt: skip
 from smalti.core.protocols import TokenLayout
+from smalti.core.tokens import TokenMemory, TokensCall, TokensMethod
 from smalti.seams.anatomy import Block, Sublayer
 from smalti.seams.frame import Attention, Forward, Frame, entered, inside
 from smalti.seams.image_tokens import ImageTokens, read_image_tokens, stacked

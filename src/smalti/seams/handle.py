@@ -13,7 +13,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 from smalti.core.errors import NeverEngaged, Refusal
-from smalti.core.method import BlockMethod, CoreMethod, Method, Moment, StepMethod, SublayerMethod, TokensMethod
+from smalti.core.method import BlockMethod, CoreMethod, Method, Moment, StepMethod, SublayerMethod
+from smalti.core.tokens import TokensMethod
 from smalti.seams.anatomy import Anatomy
 from smalti.seams.attach import Undo, attach, check_attached
 from smalti.seams.engine import Acting, MethodFrame

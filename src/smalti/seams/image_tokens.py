@@ -68,9 +68,15 @@ def read_image_tokens(model: str, layouts: Layouts, sample: Any) -> ImageTokens:
     """
     images: list[Segment] = []
     starts: dict[str, dict[int, int]] = {}
-    for (stack, name), layout in layouts.queries.items():
+    seen = [*layouts.queries.items(), *layouts.keys.items()]
+    seen += [((stack, "a stream"), rows) for stack, known in layouts.streams.items() for rows in known.rows.values()]
+    for (stack, name), layout in seen:
         found = image_segment(layout, f"{name} of {stack} in {model}")
         if found is not None:
+            known = layouts.streams[stack]
+            if known.fault or not {"image", "joint"} & set(known.inputs.values()):
+                reason = known.fault or "hold no image to choose tokens from"
+                raise Refusal(f"the token streams of {stack} in {model} {reason}")
             images.append(found)
             lengths = starts.setdefault(stack, {found.length: 0})
             start = layout.span("image").start
@@ -79,11 +85,9 @@ def read_image_tokens(model: str, layouts: Layouts, sample: Any) -> ImageTokens:
     counts = sorted({one.length for one in images})
     if len(counts) != 1:
         held = f"hold {' and '.join(map(str, counts))} image tokens a sample" if counts else "have no image tokens"
-        raise Refusal(f"the attentions of {model} {held}; a set of tokens needs the same ones in all (no folded frames)")
-    for stack in starts:
-        known = layouts.streams[stack]
-        if known.fault or not {"image", "joint"} & set(known.inputs.values()):
-            raise Refusal(f"the token streams of {stack} in {model} {known.fault or 'hold no image to choose from'}")
+        raise Refusal(
+            f"the attentions of {model} {held}; a set of tokens needs the same ones in all (no folded frames)"
+        )
     x = stacked(sample)
     try:
         places = find_places(counts[0], next((one.grid for one in images if one.grid), None), x)

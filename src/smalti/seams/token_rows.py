@@ -12,20 +12,20 @@ its tokens and must give what it gave.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from smalti.core.errors import Refusal, UserError
-from smalti.core.method import KeyValues, Site, TokenMemory
+from smalti.core.errors import Refusal
+from smalti.core.method import Site
 from smalti.core.protocols import TokenLayout
+from smalti.core.tokens import KeyValues, TokenMemory
 from smalti.ops.token_subset import gather, scatter, whole_index, write_rows
 from smalti.seams.anatomy import Block, Sublayer
+from smalti.seams.block_rows import BlockRows, joined, refusing, visit
 from smalti.seams.frame import Attention, Forward
 from smalti.seams.image_tokens import ImageTokens
 from smalti.seams.layout import Layouts, core_name
@@ -147,7 +147,7 @@ class TokenRows:
         if not self.memory.keeps_keys:
             self.memory.kept.clear()
 
-    def _fill(self, call: "BlockRows") -> Any:
+    def _fill(self, call: BlockRows) -> Any:
         """Runs a block on all tokens, and sees to it that it could run on some."""
         stream, before = call.stream, Counter(self.cores)
         if len(stream) != self.tokens.batch:
@@ -165,7 +165,7 @@ class TokenRows:
         if stream is self.last:
             self.memory.handed_on.add(self.calls - 1)
         self.last = call.image_of(output)
-        kind = (call.block.site.stack, *(one.site.name for one in call.block.attentions))
+        kind = (call.block.site.stack, *map(type, call.block.module.modules()))
         if kind not in self.layouts.proven:
             after, self.cores = self.cores, before
             self._prove(call, output)
@@ -173,7 +173,7 @@ class TokenRows:
             self.layouts.proven.add(kind)
         return output
 
-    def _prove(self, call: "BlockRows", output: Any) -> None:
+    def _prove(self, call: BlockRows, output: Any) -> None:
         """Runs a block on half of its tokens, with the keys of all, and compares."""
         tokens, stream, generator = self.tokens, call.stream, torch.Generator().manual_seed(0)
         orders = torch.stack([torch.randperm(tokens.count, generator=generator) for _ in range(tokens.batch)])
@@ -193,12 +193,13 @@ class TokenRows:
                 "them outside of attention, or has arguments that cannot be cut"
             )
 
-    def _run(self, call: "BlockRows") -> Any:
+    def _run(self, call: BlockRows) -> Any:
         """A block on the active rows of its stream: all samples at once, or in turn."""
         known, turn = self.layouts.streams[call.block.site.stack], self.turn
         assert turn is not None
         whole = {*known.inputs, *known.memory}
-        text = [one.shape[1] for name in whole - {call.name} if isinstance(one := call.arguments.get(name), Tensor)]
+        others = [call.arguments.get(name) for name in whole - {call.name}]
+        text = [one.shape[1] for one in others if isinstance(one, Tensor) and one.ndim == 3]
         axes: dict[int, int | None] = {}
 
         def find(leaf: Tensor) -> None:
@@ -210,14 +211,14 @@ class TokenRows:
         self.turns = self.turns or turn.split()
         before, outputs = Counter(self.cores), []
         try:
-            for self.turn in self.turns:
-                self.cores = Counter(before)
-                outputs.append(call.run(self._cut(call, axes, self.turn)))
+            for one in self.turns:
+                self.turn, self.cores = one, Counter(before)
+                outputs.append(call.run(self._cut(call, axes, one)))
         finally:
             self.turn = turn
-        return _joined(outputs, torch.cat([one.samples for one in self.turns if one.samples is not None]).argsort())
+        return joined(outputs, torch.cat([one.samples for one in self.turns if one.samples is not None]).argsort())
 
-    def _cut(self, call: "BlockRows", axes: Mapping[int, int | None], turn: Turn) -> dict[int | str, Any]:
+    def _cut(self, call: BlockRows, axes: Mapping[int, int | None], turn: Turn) -> dict[int | str, Any]:
         """The arguments of a block for one turn; streams are cut already."""
 
         def cut(leaf: Tensor) -> Tensor:
@@ -251,75 +252,3 @@ class TokenRows:
 
     def _layout_index(self, turn: Turn, layout: TokenLayout) -> Tensor:
         return turn.index(layout.span("image").start, self.tokens.count, len(layout))
-
-
-def _joined(outputs: list[Any], order: Tensor) -> Any:
-    """Outputs of turns as those of the whole batch."""
-    leaves, specs = zip(*(pytree.tree_flatten(one) for one in outputs), strict=True)
-    joined = [
-        torch.cat(parts).index_select(0, order) if isinstance(parts[0], Tensor) else parts[0]
-        for parts in zip(*leaves, strict=True)
-    ]
-    return pytree.tree_unflatten(joined, specs[0])
-
-
-@dataclass(frozen=True)
-class BlockRows:
-    """One call of a block: its arguments by position or name, and which of them and of its outputs holds the image."""
-
-    block: Block
-    forward: Forward
-    arguments: Mapping[int | str, Any]
-    positional: int
-    name: int | str
-    output: int
-
-    @property
-    def stream(self) -> Tensor:
-        """The tokens that hold the image."""
-        return self.arguments[self.name]
-
-    def given(self, changed: Mapping[int | str, Any]) -> "BlockRows":
-        """The call with some arguments changed."""
-        return replace(self, arguments={**self.arguments, **changed})
-
-    def run(self, arguments: Mapping[int | str, Any]) -> Any:
-        """The block itself."""
-        named = {name: value for name, value in arguments.items() if isinstance(name, str)}
-        return self.forward(*(arguments[one] for one in range(self.positional)), **named)
-
-    def image_of(self, outputs: Any) -> Tensor:
-        """The output that holds the image."""
-        return outputs[self.output] if isinstance(outputs, (tuple, list)) else outputs
-
-    def with_image(self, outputs: Any, image: Tensor) -> Any:
-        """The outputs with another image."""
-        if not isinstance(outputs, (tuple, list)):
-            return image
-        return tuple(image if place == self.output else one for place, one in enumerate(outputs))
-
-
-def visit(value: Any, function: Callable[[Tensor], Any]) -> Any:
-    """A copy with `function` applied to every tensor inside tuples, lists, dicts and dataclasses."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, Mapping):
-        return {name: visit(one, function) for name, one in value.items()}
-    if isinstance(value, (tuple, list)):
-        parts = [visit(one, function) for one in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{one.name: visit(getattr(value, one.name), function) for one in fields(value)})
-    return value
-
-
-@contextmanager
-def refusing(what: str) -> Iterator[None]:
-    """Turns an error of a model's own code, which did not expect fewer tokens, into a refusal."""
-    try:
-        yield
-    except (UserError, torch.OutOfMemoryError):
-        raise
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        first = str(error).partition("\n")[0]
-        raise Refusal(f"{what} cannot run some of its tokens: {first}") from error
