@@ -5,19 +5,19 @@ attention sees their old keys. The claim: at the same share of tokens the final 
 with tokens drawn blindly, and closer than a shorter dense run of equal cost.
 """
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
 
 from smalti.acceleration.ras import RAS, longest_skip, walk
-from smalti.backbones.mmdit import MMDiT
-from smalti.core.protocols import Cond
 from smalti.core.system import Check, System, Verdict
 from smalti.evaluation.full_size import sd3_medium
 from smalti.evaluation.held_out_prompts import draw_latents, held_out_prompts
 from smalti.evaluation.paired import compare
 from smalti.evaluation.same_cost import measure, relative_distances, steps_of_equal_cost
 from smalti.evaluation.timing import paired_ratio
+from smalti.evaluation.token_skipping import skipping_ratio, token_path
 from smalti.seams.apply import apply
 
 SYSTEM = System(
@@ -37,12 +37,12 @@ def small(ctx) -> Verdict:
 
     def draw(method=None, steps=STEPS, guidance=1.0, some=prompts):
         ctx.say(str(method or f"{steps} dense steps, guidance {guidance:g}"))
-        if method is None:
-            return draw_latents(pipe, some, steps, guidance_scale=guidance)
-        with apply(pipe, method):
+        with apply(pipe, method) if method else nullcontext():
             return draw_latents(pipe, some, steps, guidance_scale=guidance)
 
-    dense, ours = measure(draw), measure(lambda: draw(OURS))
+    dense = measure(draw)
+    with apply(pipe, OURS):  # its tokens are read in the first of two runs; the second counts FLOPs
+        ours = measure(draw)
     steps = steps_of_equal_cost(dense, STEPS, ours)
     fewer, blind = f"{steps} steps", {"selection": "random"}
     rivals = {"random": replace(OURS, **blind), "no reset": replace(OURS, resets=())}
@@ -53,15 +53,16 @@ def small(ctx) -> Verdict:
     means = {name: sum(some) / PROMPTS for name, some in distances.items()}
     guided = draw(guidance=3.0, some=few)
     pair = [relative_distances(draw(one, STEPS, 3.0, few), guided) for one in (OURS, rivals["random"])]
-    same = torch.equal(draw(some=few), draw(RAS(1.0), some=few))
-    longest = {k: longest_skip(walk(RAS(resets=(), starvation=k), dense_path(pipe, few))) for k in (0.0, 1.0)}
-    ratio = wall_time()
+    same, path = torch.equal(draw(some=few), draw(RAS(1.0), some=few)), token_path(pipe, few, STEPS)
+    longest = {k: longest_skip(walk(RAS(resets=(), starvation=k), path)) for k in (0.0, 1.0)}
+    ctx.say("wall time")
+    ratio = skipping_ratio(RAS(), 32, STEPS)
     factor, rival = min((0.8, "random"), (1.0, fewer), key=lambda one: one[0] * means[one[1]])
     main = compare(distances["ours"], distances[rival], factor)
 
     def against(name, factor=1.0, first="ours"):
-        rule = f"< {'' if factor == 1 else f'{factor:g} * '}{means[name]:.4f}, {name}"
-        return compare(distances[first], distances[name], factor).check(first, rule)
+        rule = f"< {'' if factor == 1 else f'{factor:g} * '}{means[name]:.4f}"
+        return compare(distances[first], distances[name], factor).check(f"{first} against {name}", rule)
 
     return Verdict(
         measured=f"relative L2 distance of final latents to the dense run, {STEPS} steps, half the tokens from step 12",
@@ -73,8 +74,8 @@ def small(ctx) -> Verdict:
         interval=(main.low, main.high),
         seeds=prompts.seeds,
         checks=(
-            *(against(*one) for one in (("random", 0.8), (fewer,), ("no reset",), ("no starvation",), ("no K/V cache",))),
-            against("paper's setting, random", 0.8, "paper's setting"),
+            against("random", 0.8), against(fewer), against("no reset"), against("no starvation"),
+            against("no K/V cache"), against("paper's setting, random", 0.8, "paper's setting"),
             against(fewer, 1.0, "paper's setting"),
             compare(*pair, 0.8).check("ours under guidance of 3", f"< 0.8 * {sum(pair[1]) / len(few):.4f}, random"),
             Check("most steps in a row without running, starvation on", longest[1.0], "<= 3", longest[1.0] <= 3),
@@ -88,40 +89,10 @@ def small(ctx) -> Verdict:
             "8 prompts of other seeds, by which the setting was chosen: start 4 0.113 (random 0.163, 17 steps 0.054); "
             "start 8 0.053 (0.078, 0.045 with 19 steps); shift 3 0.124 (0.188); 12 prompts, start 12 and one reset: "
             "0.032 (21 steps 0.041)",
+            "a first run counted the reading of the tokens as FLOPs of every draw: 0.0266, random 0.0417, 23 steps 0.0233",
         ),
         weaker="the paper's start is 4; here fewer steps end closer with it, see the checks",
     )  # fmt: skip
-
-
-def dense_path(pipe, prompts) -> torch.Tensor:
-    """The latents after every dense step, by tokens (S, B, N, 1, C)."""
-    path: list[torch.Tensor] = []
-
-    def after(pipe, step, t, tensors):
-        path.append(tensors["latents"].flatten(2).mT[:, :, None])
-        return {}
-
-    draw_latents(pipe, prompts, STEPS, guidance_scale=1.0, callback_on_step_end=after)
-    return torch.stack(path)
-
-
-def wall_time():
-    """28 steps of a random model of emoji-1k's shape on 32 x 32 tokens, with the paper's setting."""
-    torch.manual_seed(0)
-    model, cond = MMDiT(in_channels=16).eval(), Cond(text=torch.randn(1, 16, 384), pooled=torch.randn(1, 384))
-    noise = torch.randn(1, 16, 32, 32)
-
-    @torch.no_grad()
-    def run():
-        x = noise
-        for step in range(STEPS):
-            x = x - model(x, torch.full((1,), 1 - step / STEPS), cond) / STEPS
-
-    def ours():
-        with apply(model, RAS()):
-            run()
-
-    return paired_ratio(run, ours, repeats=4, warmup=1)
 
 
 def full(ctx) -> Verdict:
