@@ -104,11 +104,11 @@ class TokenRows:
             self.base, call = stream, call.given({name: gather(stream, index)})
         assert self.base is not None
         outputs = self._run(call)
-        self.last = call.image_of(outputs)
+        self.last = short = call.image_of(outputs)
         if self.calls in self.memory.handed_on:
             return outputs
         index = self._index(self.turn, self.base.shape[1], block.site)
-        return call.with_image(outputs, scatter(self.last, index, self.base.to(self.last.dtype)))
+        return call.with_image(outputs, scatter(short, index, self.base.to(short.dtype)))
 
     def at_core(self, sublayer: Sublayer, attention: Attention) -> Tensor:
         """Called in place of the attention function inside an attention module."""
@@ -126,21 +126,43 @@ class TokenRows:
             if sees_image:
                 self.memory.kept[name] = KeyValues(k.contiguous().clone(), v.contiguous().clone(), attention.mask)
             return attention.attend(q, k, v, attention.mask)
-        mask = attention.mask
-        if sees_image and self.attends_to_all:
-            kept, samples = self.memory.kept[name], self.turn.samples
-            index = self._layout_index(self.turn, keys)
-            write_rows(kept.k, k, index, samples=samples)
-            write_rows(kept.v, v, index, samples=samples)
-            if mask is not None and mask.shape[-1] == k.shape[-2] != kept.k.shape[-2]:
-                mask = kept.mask  # made of the tokens that run: what it said of all of them holds
-                mask = mask if mask is None or samples is None or len(mask) == 1 else mask.index_select(0, samples)
-            k, v = (one if samples is None else one.index_select(0, samples) for one in (kept.k, kept.v))
-        elif mask is not None and mask.shape[-1] == len(keys) != k.shape[-2]:
-            mask = gather(mask, self._layout_index(self.turn, keys), mask.ndim - 1)
-        if mask is not None and mask.shape[-2] == len(queries) != q.shape[-2]:
-            mask = gather(mask, self._layout_index(self.turn, queries), mask.ndim - 2)
+        kept = self.memory.kept[name] if sees_image and self.attends_to_all else None
+        mask = self._mask(attention, kept, self._places(self.turn, queries), self._places(self.turn, keys))
+        if kept is not None:
+            k, v = self._renewed(kept, k, v, self.turn, self._places(self.turn, keys))
         return attention.attend(q, k, v, mask)
+
+    def _renewed(
+        self, kept: KeyValues, k: Tensor, v: Tensor, turn: Turn, index: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The kept keys and values with the rows of what runs."""
+        assert index is not None
+        write_rows(kept.k, k, index, samples=turn.samples)
+        write_rows(kept.v, v, index, samples=turn.samples)
+        return _samples(kept.k, turn), _samples(kept.v, turn)
+
+    def _mask(
+        self, attention: Attention, kept: KeyValues | None, queries: Tensor | None, keys: Tensor | None
+    ) -> Tensor | None:
+        """The model's mask for the queries that run and the keys that they see.
+
+        Args:
+            attention: as it was called.
+            kept: keys of all tokens, if those are seen.
+            queries: places of what runs among the queries, None if all do.
+            keys: the same among the keys.
+        """
+        mask, turn = attention.mask, self.turn
+        if mask is None or turn is None:
+            return mask
+        if kept is None and keys is not None and mask.shape[-1] not in (1, keys.shape[-1]):
+            mask = gather(mask, keys, mask.ndim - 1)
+        elif kept is not None and mask.shape[-1] not in (1, kept.k.shape[-2]):
+            mask = kept.mask  # the model made one of the tokens that run: what it said of all of them holds
+            mask = None if mask is None else _samples(mask, turn) if len(mask) > 1 else mask
+        if mask is not None and queries is not None and mask.shape[-2] not in (1, queries.shape[-1]):
+            mask = gather(mask, queries, mask.ndim - 2)
+        return mask
 
     def finish(self) -> None:
         """After the call: keys that attention shall not see later are dropped."""
@@ -198,7 +220,7 @@ class TokenRows:
         known, turn = self.layouts.streams[call.block.site.stack], self.turn
         assert turn is not None
         whole = {*known.inputs, *known.memory}
-        others = [call.arguments.get(name) for name in whole - {call.name}]
+        others: list[Any] = [call.arguments.get(name) for name in whole - {call.name}]
         text = [one.shape[1] for one in others if isinstance(one, Tensor) and one.ndim == 3]
         axes: dict[int, int | None] = {}
 
@@ -250,5 +272,12 @@ class TokenRows:
             raise Refusal(f"{site} of {self.model} got {length} tokens; {', '.join(map(str, starts))} were read")
         return turn.index(starts[length], self.tokens.count, length)
 
-    def _layout_index(self, turn: Turn, layout: TokenLayout) -> Tensor:
+    def _places(self, turn: Turn, layout: TokenLayout) -> Tensor | None:
+        """What runs of a sequence, None if it holds no image."""
+        if all(one.kind != "image" for one in layout.segments):
+            return None
         return turn.index(layout.span("image").start, self.tokens.count, len(layout))
+
+
+def _samples(x: Tensor, turn: Turn) -> Tensor:
+    return x if turn.samples is None else x.index_select(0, turn.samples)
