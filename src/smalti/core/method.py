@@ -5,7 +5,8 @@ A method is a frozen dataclass of hyperparameters. It inherits from the class of
 - `StepMethod`: the whole denoiser call;
 - `BlockMethod`: one transformer block with its token streams;
 - `SublayerMethod`: the output of attention or feed-forward inside a block, before its gate;
-- `CoreMethod`: q, k, v of one attention after norm and rotation.
+- `CoreMethod`: q, k, v of one attention after norm and rotation;
+- `TokensMethod` (in `core.tokens`): the whole denoiser call, of which it may leave out image tokens.
 
 What it remembers is a separate object, made by `init` for every run, lane, branch and model and handed back at each
 call. Methods know nothing of models or pipelines; `smalti.seams` calls them.
