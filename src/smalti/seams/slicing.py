@@ -66,7 +66,7 @@ def _check(model: nn.Module, groups: Sequence[UnitGroup], keep: Mapping[str, Ten
             raise Refusal(f"nothing would be left of {group.name} in {name}; keep at least one of its {group.count}")
         for place in (*group.readers, *group.writers):
             layer = _at(model, place)
-            if type(layer) is not nn.Linear:
+            if type(layer) is not nn.Linear and (group.kind != "mod" or type(layer) is not ScatteredLinear):
                 kind = type(layer).__name__
                 raise Refusal(
                     f"{place.path} in {name} is a {kind}, and only plain linear layers are cut; fuse or unload it first"
@@ -96,13 +96,15 @@ def _sliced(layer: nn.Linear, rows: Tensor | None, columns: Tensor | None) -> nn
     return new.train(layer.training)
 
 
-def _scatter(layer: nn.Linear, rows: Tensor) -> ScatteredLinear:
-    index = rows.nonzero()[:, 0].to(layer.weight.device)
-    new = ScatteredLinear(layer.in_features, layer.out_features, len(index), layer.bias is not None)
-    new.index = index
-    new.weight = nn.Parameter(layer.weight[index].clone(), layer.weight.requires_grad)
+def _scatter(layer: nn.Linear | ScatteredLinear, rows: Tensor) -> ScatteredLinear:
+    rows = rows.to(layer.weight.device)
+    made = layer.index if isinstance(layer, ScatteredLinear) else torch.arange(len(rows), device=rows.device)
+    stays = rows[made]
+    new = ScatteredLinear(layer.in_features, layer.out_features, int(stays.sum()), layer.bias is not None)
+    new.index = made[stays]
+    new.weight = nn.Parameter(layer.weight[stays], layer.weight.requires_grad)
     if layer.bias is not None:
-        new.bias = nn.Parameter(layer.bias[index].clone(), layer.bias.requires_grad)
+        new.bias = nn.Parameter(layer.bias[stays], layer.bias.requires_grad)
     return new.train(layer.training)
 
 
