@@ -113,7 +113,8 @@ def make_plan(
     groups: Sequence[UnitGroup],
     scores: Mapping[str, Tensor],
     ratio: float = 0.2,
-    scope: Scope = "global",
+    scope: Scope = "local",
+    multiple: int = 1,
 ) -> MaskPlan:
     """Chooses the units of lowest score.
 
@@ -123,6 +124,7 @@ def make_plan(
         scores: of each unit (count,); the higher, the longer it stays.
         ratio: share of the units' parameters that goes (global), or of the units of each layer, rounded (local).
         scope: global or local.
+        multiple: the neurons that stay in a layer are a multiple of this, if it has so many (local); 64 suits a GPU.
 
     Raises:
         UserError: the ratio is not within (0, 1), or the scope is unknown.
@@ -133,7 +135,7 @@ def make_plan(
         raise unknown_name("scope", scope, SCOPES)
     scores = {group.name: scores[group.name].detach().float().cpu() for group in groups}
     weights = {group.name: group.parameters(model) for group in groups}
-    keep = _local(groups, scores, ratio) if scope == "local" else _global(groups, scores, ratio, weights)
+    keep = _local(groups, scores, ratio, multiple) if scope == "local" else _global(groups, scores, ratio, weights)
     return MaskPlan(type(model).__name__, tuple(groups), keep, scores, weights)
 
 
@@ -151,10 +153,12 @@ def plan_below(
     return MaskPlan(type(model).__name__, tuple(groups), keep, scores, weights)
 
 
-def _local(groups: Sequence[UnitGroup], scores: Mapping[str, Tensor], ratio: float) -> dict[str, Tensor]:
+def _local(groups: Sequence[UnitGroup], scores: Mapping[str, Tensor], ratio: float, multiple: int) -> dict[str, Tensor]:
     keep = {}
     for group in groups:
-        lost = min(round(ratio * group.count), group.count - 1)
+        step = multiple if group.kind == "ffn" and group.count >= multiple else 1
+        stays = max(1, round((1 - ratio) * group.count / step)) * step
+        lost = group.count - min(stays, group.count)
         keep[group.name] = torch.ones(group.count, dtype=torch.bool)
         keep[group.name][scores[group.name].argsort()[:lost]] = False
     return keep

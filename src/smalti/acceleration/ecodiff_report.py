@@ -20,7 +20,7 @@ class PruningReport:
         parameters: of the whole and of the cut model.
         flops: of one call of each.
         seconds: whole over cut.
-        peak: largest memory of a call of each in bytes; None without a GPU.
+        peak: weights and what a call needs beside them, in bytes; None without a GPU.
     """
 
     plan: MaskPlan
@@ -57,7 +57,7 @@ def pruning_report(
         flops = tuple(count_flops(lambda model=model: call(model)).total for model in (whole, cut))
         seconds = paired_ratio(lambda: call(whole), lambda: call(cut), repeats, warmup=1)
         on_gpu = next(whole.parameters()).is_cuda
-        peak = (_peak(lambda: call(whole)), _peak(lambda: call(cut))) if on_gpu else None
+        peak = (_peak(whole, call), _peak(cut, call)) if on_gpu else None
     return PruningReport(plan, (_size(whole), _size(cut)), (flops[0], flops[1]), seconds, peak)
 
 
@@ -65,10 +65,13 @@ def _size(model: nn.Module) -> int:
     return sum(one.numel() for one in model.parameters())
 
 
-def _peak(call: Callable[[], object]) -> int:
+def _peak(model: nn.Module, call: Callable[[nn.Module], object]) -> int:
+    """Its weights and what a call needs beside them; whatever else lies on the GPU does not count."""
     torch.cuda.reset_peak_memory_stats()
-    call()
-    return torch.cuda.max_memory_allocated()
+    before = torch.cuda.memory_allocated()
+    call(model)
+    weights = sum(one.numel() * one.element_size() for one in model.parameters())
+    return torch.cuda.max_memory_allocated() - before + weights
 
 
 def _less(before: float, after: float) -> str:

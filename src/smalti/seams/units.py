@@ -267,11 +267,12 @@ def _fused_neurons(closing: Sublayer) -> Iterator[UnitGroup]:
     layer: Any = closing.module
     attention = next(one for one in closing.feeders if one.site.kind == "attention")
     start = _inner(attention.module)
+    hidden: Any = layer.in_features - start
     for feeder in closing.feeders:
-        starts = _starts(feeder.module, layer.in_features - start)
+        starts = _starts(feeder.module, hidden)
         if feeder.site.kind == "ffn" and starts:
             readers, writers = (Place(str(closing.site), (start,)),), (Place(str(feeder.site), starts),)
-            yield UnitGroup(str(feeder.site), "ffn", layer.in_features - start, 1, readers, writers)
+            yield UnitGroup(str(feeder.site), "ffn", hidden, 1, readers, writers)
 
 
 def _starts(layer: Any, hidden: int) -> tuple[int, ...]:
