@@ -193,7 +193,7 @@ def test_the_global_order_does_not_depend_on_the_scale_of_a_kind():
     groups = read_units(model)
     scores = chance(groups)
     scaled = {group.name: scores[group.name] * (1 if group.kind == "ffn" else 50) - 7 for group in groups}
-    one, other = (make_plan(model, groups, some, 0.3) for some in (scores, scaled))
+    one, other = (make_plan(model, groups, some, 0.3, "global") for some in (scores, scaled))
     assert all(torch.equal(one.keep[name], other.keep[name]) for name in one.keep)
     assert {group.kind for group in groups if not one.keep[group.name].all()} == {"heads", "ffn", "mod"}
 

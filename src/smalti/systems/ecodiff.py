@@ -40,7 +40,7 @@ LEARNING = Learning(updates=160, batch=4, weight=10.0, rates={"heads": 0.1, "ffn
 
 
 def small(ctx) -> Verdict:
-    """`emoji`, a fifth of its neurons and modulation channels out: distance of the final latents to the whole model's."""
+    """`emoji`, a fifth of its neurons and modulation channels out: distance of the final latents to the whole's."""
     pipe, topics = ctx.model("emoji"), model_card("emoji")["settings"]["topics"]
     model, prompts = pipe.transformer, held_out_prompts("emoji", PROMPTS)
     runs, groups = emoji_runs(pipe, topics, 64, STEPS, guidance=1.0, seed=2000), read_units(model)
