@@ -1,7 +1,6 @@
 """What a trial of EcoDiff is made of: prompts to learn from, losses for Taylor's rule, the error of gradients."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,9 +50,10 @@ def gradient_error(model: nn.Module, groups: Sequence[UnitGroup], runs: Runs) ->
     weights, settings = list(masks.values()), runs.settings(starts)
     schedule = [*runs.schedule[:-1:2], runs.schedule[-1]]
     solver = Euler()  # one of diffusers is made for its own schedule
-    place: tuple[Any, ...] = (runs.denoiser, starts.noise, schedule, solver)
     with masked(model, groups, masks):
-        ours = torch.autograd.grad(sample_checkpointed(*place, weights, **settings).square().mean(), weights)
-        full = torch.autograd.grad(sample(*place, progress=False, **settings).x.square().mean(), weights)
+        final = sample_checkpointed(runs.denoiser, starts.noise, schedule, solver, weights, **settings)
+        ours = torch.autograd.grad(final.square().mean(), weights)
+        final = sample(runs.denoiser, starts.noise, schedule, solver, progress=False, **settings).x
+        full = torch.autograd.grad(final.square().mean(), weights)
     error = max(float((one - other).abs().max()) for one, other in zip(ours, full, strict=True))
     return error / max(float(one.abs().max()) for one in full)

@@ -72,7 +72,8 @@ class UnitGroup:
 
     def parameters(self, model: nn.Module) -> int:
         """Weights and biases that belong to one unit."""
-        written = sum(_fan_in(model, place) * len(place.starts) for place in self.writers)
+        made = [(_layer(model, place), len(place.starts)) for place in self.writers]
+        written = sum((_fan_in(layer) + (getattr(layer, "bias", None) is not None)) * times for layer, times in made)
         read = sum(_layer(model, place).out_features for place in self.readers)
         return self.size * (written + read)
 
@@ -264,10 +265,9 @@ def _neurons(part: Sublayer) -> Iterator[UnitGroup]:
 
 def _fused_neurons(closing: Sublayer) -> Iterator[UnitGroup]:
     """Neurons that a closing projection reads behind the attention of the same block."""
-    layer: Any = closing.module
     attention = next(one for one in closing.feeders if one.site.kind == "attention")
     start = _inner(attention.module)
-    hidden: Any = layer.in_features - start
+    hidden = _fan_in(closing.module) - start
     for feeder in closing.feeders:
         starts = _starts(feeder.module, hidden)
         if feeder.site.kind == "ffn" and starts:
@@ -306,6 +306,5 @@ def _layer(model: nn.Module, place: Place) -> Any:
     return model.get_submodule(place.path)
 
 
-def _fan_in(model: nn.Module, place: Place) -> int:
-    layer = _layer(model, place)
-    return layer.in_features + (getattr(layer, "bias", None) is not None)
+def _fan_in(layer: Any) -> int:
+    return layer.in_features
