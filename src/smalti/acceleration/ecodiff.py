@@ -9,7 +9,7 @@ z0 being the final latents. Gradients go back through all steps in the memory of
 behind random masks are drawn once a run, so that the steps computed again are the same steps; `redraw` draws them anew
 at every call, as the published code does. Then the units with the lowest logits are cut out.
 
-Source: EcoDiff (arXiv 2412.02852), equations 3 to 6.
+Source: EcoDiff (arXiv 2412.02852), section 3.
 """
 
 import copy

@@ -8,7 +8,7 @@ With a logit l for each unit and u uniform in (0, 1), the hard-concrete mask is
 counts in the end; its gradient is that of the sigmoid. A price is the mean over the units of one layer: `l0` the
 probability that a mask is not 0, `squashed-l1` and `l2` of a sigmoid that stays away from its flat ends.
 
-Source: EcoDiff (arXiv 2412.02852), section 3.2; hard-concrete (arXiv 1712.01312), equations 10 to 12.
+Source: EcoDiff (arXiv 2412.02852), section 3; hard-concrete (arXiv 1712.01312), equations 10 to 12.
 """
 
 import math

@@ -9,7 +9,7 @@ its graph, and its vector-Jacobian product gives the gradients of the weights, w
 through the denoiser, guidance and the solver's own algebra, also through what multistep solvers remember. That costs
 one more forward pass than a full graph, and activations of one step instead of T.
 
-Source: EcoDiff (arXiv 2412.02852), section 3.3 ("time step gradient checkpointing").
+Source: EcoDiff (arXiv 2412.02852), section 3, "time step gradient checkpointing".
 """
 
 from collections.abc import Sequence

@@ -6,8 +6,8 @@
 - `activation`: mean |activation| times the norm of the columns that read it; of modulation, mean |channel|.
 - `chance`: random numbers, which every rule has to beat.
 
-Sources: magnitude (arXiv 1608.08710); Taylor (arXiv 1906.10771, equation 8) with the selection of times of Diff-Pruning
-(arXiv 2305.10924, section 4); activation times norm (Wanda, arXiv 2306.11695, equation 1) for whole columns.
+Sources: magnitude (arXiv 1608.08710); Taylor (arXiv 1906.10771, section 3) with the selection of times of Diff-Pruning
+(arXiv 2305.10924); activation times norm (Wanda, arXiv 2306.11695, equation 1) for whole columns.
 """
 
 from collections.abc import Callable, Sequence

@@ -11,7 +11,7 @@ Nothing is known by name of a model; units are read from its `Anatomy` (heads h,
 
 `masked` multiplies units while a model runs: inputs of the reading layers before them, outputs of modulation after it.
 
-Source: EcoDiff (arXiv 2412.02852), section 3.1; structured head pruning (arXiv 1905.10650).
+Source: EcoDiff (arXiv 2412.02852), section 3; pruning of whole heads (arXiv 1905.10650).
 """
 
 import re

@@ -117,8 +117,8 @@ def small(ctx) -> Verdict:
             "0.50; price of 10, 100 updates, heads at a rate of 0.3 0.54, 0.23 without heads (chance 0.46 to 0.49)",
             "the same with masks without noise: price of 3 0.48, of 30 0.38 after 40 updates and 0.44 after 70, of 100 "
             "0.51; the price of 0.01 of the paper, guidance of 3, 50 updates: neurons no better than chance",
-            "first run, chance being the luckiest of three draws (0.43, 0.46, 0.82) instead of their mean: 0.193 against "
-            "0.430, unresolved; single steps, with as many updates, ended at 0.155",
+            "first run, the comparator being the luckiest of three draws of chance (0.43, 0.46, 0.82), not their mean: "
+            "0.193 against 0.430, unresolved; single steps, with as many updates, ended at 0.155",
             "one order over all layers in place of each layer's own: 0.48 to 0.60 with heads, 0.24 without",
         ),
     )
