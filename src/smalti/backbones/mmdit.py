@@ -26,6 +26,7 @@ from smalti.nn.initialise import draw_weights
 from smalti.nn.joint_blocks import SingleBlock
 from smalti.nn.modulation import FinalNorm
 from smalti.nn.patchify import patchify, unpatchify
+from smalti.nn.pruned import Shapes, reshape
 from smalti.nn.rope import grid_rope
 
 
@@ -46,6 +47,7 @@ class MMDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         axes_dims_rope: channels of the three rotary axes (frame, row, column); their sum is head_dim.
         ffn_ratio: hidden width of a block's feed-forward layers together, over the width.
         block_order: sublayers of a double block, a name of `block_order.ORDERS` or a list of (sublayer, factor).
+        pruned: layers that are smaller than these numbers make them, written by `acceleration.ecodiff.prune`.
 
     Example:
         >>> model = MMDiT.tiny()
@@ -75,6 +77,7 @@ class MMDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         axes_dims_rope: tuple[int, ...] = (8, 12, 12),
         ffn_ratio: float = 4.0,
         block_order: str | Order = "standard",
+        pruned: Shapes | None = None,
     ):
         super().__init__()
         axes = tuple(axes_dims_rope)
@@ -97,6 +100,7 @@ class MMDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.proj_out = nn.Linear(width, in_channels * patch_size**2)
         embedders = (self.time_embedder, self.pooled_embedder, self.guidance_embedder, self.label_embedder)
         draw_weights(self, embedders)
+        reshape(self, pruned or {})
 
     @classmethod
     def tiny(cls) -> "MMDiT":
