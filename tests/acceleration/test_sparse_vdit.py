@@ -76,7 +76,7 @@ def test_all_heads_full_is_the_dense_model_bit_for_bit():
 )
 @pytest.mark.parametrize("is_padded", [False, True])
 def test_fused_heads_equal_masks_head_by_head(modes, is_padded, monkeypatch):
-    """Gathered by mode and scattered back, padded text masked, and the bias of the projection kept for skipped heads."""
+    """Gathered by mode and scattered back, and padded text stays masked."""
     mask = torch.tensor([[True] * 5, [True, True, False, False, False]]) if is_padded else None
     model, inputs = model_and_inputs(batch=2, mask=mask)
     out = run(model, inputs, SparseVDiT(HeadPlan(rest=modes, patterns=WIDE)))
