@@ -203,16 +203,8 @@ def shuffled_plan(plan: HeadPlan, seed: int) -> HeadPlan:
     """The same modes, as many of each, dealt to the heads of each group of steps by chance: equal density."""
     rng, groups = random.Random(seed), []
     for group in plan.groups:
-        deck = [(mode, cells) for one in group.sites for mode, cells in zip(one.modes, _cells(one), strict=True)]
+        deck: list[Mode] = [mode for one in group.sites for mode in one.modes]
         rng.shuffle(deck)
-        dealt = iter(deck)
-        sites = []
-        for one in group.sites:
-            mine = [next(dealt) for _ in one.modes]
-            sites.append(SiteModes(one.site, tuple(mode for mode, _ in mine), (), one.cells))
-        groups.append(replace(group, sites=tuple(sites)))
+        sites = tuple(SiteModes(one.site, tuple(deck.pop() for _ in one.modes), cells=one.cells) for one in group.sites)
+        groups.append(replace(group, sites=sites))
     return replace(plan, groups=tuple(groups))
-
-
-def _cells(one: SiteModes) -> Sequence[tuple[int, ...]]:
-    return one.cells or [()] * len(one.modes)

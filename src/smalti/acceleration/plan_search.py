@@ -55,8 +55,8 @@ def find_plan(
         raise UserError(f"got eps={eps}, target={target}, weight={weight}; give one of eps and target, a weight from 0")
     if scale not in get_args(Scale):
         raise unknown_name("scale of losses", scale, get_args(Scale))
-    shares = {mode: mode_density(mode, losses.patterns, losses.grid) for mode in MODES}
-    priced = {**shares, **(costs or {})}
+    priced: dict[Mode, float] = {mode: mode_density(mode, losses.patterns, losses.grid) for mode in MODES}
+    priced |= costs or {}
     total = _totals(losses, weight, scale, starts, priced)
 
     def plan(threshold: float) -> HeadPlan:

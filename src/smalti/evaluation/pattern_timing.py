@@ -51,12 +51,14 @@ def mix_ratio(
 ) -> Ratio:  # fmt: skip
     """Seconds of plain attention over those of heads with mixed modes, gathered and scattered as the method does."""
     q, k, v = _qkv(grid, text, len(mix), head_dim, device)
-    groups = {mode: [head for head, one in enumerate(mix) if one == mode] for mode in dict.fromkeys(mix)}
+    groups: dict[Mode, list[int]] = {}
+    for head, mode in enumerate(mix):
+        groups.setdefault(mode, []).append(head)
 
     def sparse() -> Tensor:
         out = torch.empty_like(q)
         for mode, heads in groups.items():
-            out[:, heads] = mode_attention(*(x[:, heads] for x in (q, k, v)), mode, patterns, grid, text)
+            out[:, heads] = mode_attention(q[:, heads], k[:, heads], v[:, heads], mode, patterns, grid, text)
         return out
 
     return paired_ratio(lambda: scaled_dot_product_attention(q, k, v), sparse, repeats, warmup=2)

@@ -7,7 +7,6 @@ all heads, which has the same dense first steps, and than the same modes dealt t
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 
@@ -17,13 +16,12 @@ from smalti.acceleration.plan_search import find_plan
 from smalti.acceleration.sparse_vdit import SparseVDiT
 from smalti.core.system import Check, System, Verdict
 from smalti.evaluation.draft_timing import whole_gain
-from smalti.evaluation.flops import Flops, count_flops
 from smalti.evaluation.held_out_prompts import draw_latents, held_out_prompts
 from smalti.evaluation.paired import compare
 from smalti.evaluation.pattern_losses import record_losses
 from smalti.evaluation.pattern_timing import largest_error, mix_ratio, mode_times
 from smalti.evaluation.same_cost import relative_distances
-from smalti.evaluation.timing import median_seconds
+from smalti.evaluation.steady_cost import steady_cost
 from smalti.evaluation.training_prompts import training_prompts
 from smalti.ops.head_patterns import Mode, Patterns
 from smalti.ops.token_order import group_order
@@ -40,7 +38,7 @@ STEPS, PROMPTS, TARGET, DENSE, STARTS = 28, 32, 0.5, 0.2, (0.15, 0.3, 0.6)
 WIDTHS, HALF = Patterns(0.375, 0.375, 0.375), Patterns(0.5, 0.5, 0.5)
 BANDS: tuple[Mode, ...] = ("diagonal", "multi-diagonal", "stripes")
 SHAPES = {"HunyuanVideo": ((33, 45, 80), 256, 24), "Wan2.1": ((21, 45, 80), 0, 40)}
-MIX: tuple[Mode, ...] = (*2 * ("full", "diagonal", "multi-diagonal"), "stripes", "diagonal")
+MIX: tuple[Mode, ...] = ("full", *BANDS, "full", *BANDS[:2], "diagonal")
 
 
 def small(ctx) -> Verdict:
@@ -59,7 +57,7 @@ def small(ctx) -> Verdict:
     losses = [record_losses(pipe, lambda some=some: draw(None, some), WIDTHS, every=2) for some in halves]
     plans = [find_plan(one, target=TARGET, starts=STARTS) for one in (losses[0].joined(losses[1]), *losses)]
     ours, full = SparseVDiT(plans[0]), draw()
-    spent = [_spent(pipe, few, method) for method in (SparseVDiT.neutral(), ours)]
+    spent = [steady_cost(pipe, method, few, STEPS) for method in (SparseVDiT.neutral(), ours)]
     saved = spent[0].flops.total / spent[1].flops.total
     fewer = math.ceil(STEPS / saved)
     arms = {mode: SparseVDiT(HeadPlan(rest=(mode,), patterns=WIDTHS), dense_steps=DENSE) for mode in BANDS}
@@ -110,22 +108,6 @@ def small(ctx) -> Verdict:
         weaker="the card expects 0.7 of the best single pattern; it holds for half of the keys in all steps, not for a "
         "pattern that has the same dense first steps as the plan: these bring as much as the choice of heads",
     )  # fmt: skip
-
-
-class _Spent(NamedTuple):
-    flops: Flops
-    seconds: float
-
-
-def _spent(pipe, prompts, method) -> _Spent:
-    """FLOPs of a run and seconds of a short one, after one in which the layout of tokens was read."""
-
-    def run(steps):
-        return draw_latents(pipe, prompts, steps, guidance_scale=1.0)
-
-    with apply(pipe, method):
-        run(4)
-        return _Spent(count_flops(lambda: run(STEPS)), median_seconds(lambda: run(8), repeats=5, warmup=1))
 
 
 def full(ctx) -> Verdict:
