@@ -75,6 +75,7 @@ class MethodFrame(Frame):
         moment: where in the run the call is.
         layouts: of the tokens, if a method acts on attention cores or blocks.
         shapes: what modules returned in this run, by module; filled here.
+        watch: sees the raw output of every attention core, before its projection.
     """
 
     def __init__(
@@ -84,8 +85,10 @@ class MethodFrame(Frame):
         moment: Moment,
         layouts: Layouts | None,
         shapes: dict[nn.Module, Shape],
+        watch: Callable[[Site, Tensor], None] | None = None,
     ):
-        self.model, self.moment, self.layouts, self.shapes = model, moment, layouts, shapes
+        self.model, self.moment, self.layouts, self.shapes, self.watch = model, moment, layouts, shapes, watch
+        self.acting = acting
         self.steps = [one for one in acting if isinstance(one.method, StepMethod)]
         self.blocks = [one for one in acting if isinstance(one.method, BlockMethod)]
         self.sublayers = [one for one in acting if isinstance(one.method, SublayerMethod)]
@@ -108,6 +111,10 @@ class MethodFrame(Frame):
         for one in reversed(self.steps):
             call = partial(self._step, one, call)
         return pytree.tree_unflatten(list(call()), self.shapes[self.model].spec)
+
+    def again(self) -> "MethodFrame":
+        """For a part of this call that is computed once more, by gradient checkpointing; nothing is watched then."""
+        return MethodFrame(self.model, self.acting, self.moment, self.layouts, {})
 
     def _step(self, one: Acting, run: Callable[[], Outputs]) -> Outputs:
         assert isinstance(one.method, StepMethod)
@@ -182,6 +189,12 @@ class MethodFrame(Frame):
         return output
 
     def at_core(self, sublayer: Sublayer, attention: Attention) -> Tensor:
+        out = self._through_cores(sublayer, attention)
+        if self.watch is not None:
+            self.watch(sublayer.site, out)
+        return out
+
+    def _through_cores(self, sublayer: Sublayer, attention: Attention) -> Tensor:
         q, k, v, attend = attention.q, attention.k, attention.v, attention.attend
         if not self.cores or self.layouts is None:
             return attend(q, k, v, attention.mask)
