@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from smalti.core.errors import UserError, unknown_name
-from smalti.core.method import CoreCall, CoreMethod, Site
+from smalti.core.method import CoreCall, CoreMethod, Method, Site
 from smalti.core.protocols import TokenLayout
 from smalti.ops.circle_mask import Backend, Pooled, Shape, choose, circle_attention, circle_layout, pool_tokens
 from smalti.seams.anatomy import read_anatomy
@@ -159,8 +159,8 @@ class CLEAR(CoreMethod):
             return call.attend(call.q, call.k, call.v, call.mask)
         mask, pooled = keys_alone(call.mask, str(call.site)), None
         if self.pool is not None:
-            weight = torch.full((self.pool, self.pool), 1 / self.pool**2) if self.weights is None else self.weights.at(call.site)
-            weight = weight.to(call.q.device)
+            mean = call.q.new_full((self.pool, self.pool), 1 / self.pool**2)
+            weight = mean if self.weights is None else self.weights.at(call.site).to(call.q.device)
             pooled = Pooled(*(pool_tokens(one[:, :, image], grid, weight) for one in (call.k, call.v)))
         cells = 0 if pooled is None else pooled.k.shape[2]
         backend = choose(layout, call.q.device, cells, mask) if self.backend is None else self.backend
@@ -169,12 +169,13 @@ class CLEAR(CoreMethod):
 
 
 @contextmanager
-def distilled(target: Any, student: str | Path | Deltas, **settings: Any) -> Iterator[Handle]:
+def distilled(target: Any, student: str | Path | Deltas, *methods: Method, **settings: Any) -> Iterator[Handle]:
     """A distilled student in place of the model it was learned from, for as long as the context lasts.
 
     Args:
         target: a pipeline or model: the teacher, or a sibling fine-tuned from it.
         student: a name of the zoo, a folder, or what `load_deltas` gave.
+        methods: further ones.
         settings: of `CLEAR`, in place of those that it was learned with.
 
     Example:
@@ -183,7 +184,7 @@ def distilled(target: Any, student: str | Path | Deltas, **settings: Any) -> Ite
     """
     deltas = student if isinstance(student, Deltas) else load_deltas(student)
     (model,) = denoisers(target)
-    with merged(model, deltas), apply(target, method_of(deltas, **settings)) as handle:
+    with merged(model, deltas), apply(target, method_of(deltas, **settings), *methods) as handle:
         yield handle
 
 

@@ -6,10 +6,10 @@ One score product is 4 d FLOPs a head: d multiply-adds for the score and d for t
 import math
 from dataclasses import dataclass
 
+import torch
+
 from smalti.ops.circle_mask import CircleLayout, Shape, is_near
 from smalti.ops.token_order import Grid
-
-import torch
 
 
 @dataclass(frozen=True)

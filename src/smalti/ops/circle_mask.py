@@ -134,7 +134,8 @@ def circle_layout(
     down = _gaps(rows, order.group[1])[:, None, :, None]
     right = _gaps(columns, order.group[2])[None, :, None, :]
     in_frame = is_near(down, right, radius, shape).reshape(rows * columns, rows * columns)
-    return CircleLayout(BlockLayout(order, in_frame.repeat(order.groups[0], order.groups[0]), before, after), radius, shape)
+    table = in_frame.repeat(order.groups[0], order.groups[0])  # the same in every frame
+    return CircleLayout(BlockLayout(order, table, before, after), radius, shape)
 
 
 def circle_attention(
@@ -199,8 +200,8 @@ def pool_tokens(x: Tensor, grid: Grid, weight: Tensor) -> Tensor:
     Returns:
         (B, h, P, d)
     """
-    side, (frames, rows, columns) = len(weight), grid
-    order = group_order(grid, (1, min(side, rows), min(side, columns)))
+    side = len(weight)
+    order = group_order(grid, (1, side, side))
     real = order.is_real.unflatten(0, (order.count, -1)).to(x.device)
     factor = weight[: order.group[1], : order.group[2]].flatten() * real  # (P, s*s)
     factor = factor * (side**2 / real.sum(1, keepdim=True))
@@ -208,7 +209,13 @@ def pool_tokens(x: Tensor, grid: Grid, weight: Tensor) -> Tensor:
 
 
 def _dense(
-    q: Tensor, k: Tensor, v: Tensor, layout: CircleLayout, mask: Tensor | None, scale: float | None, pooled: Pooled | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: CircleLayout,
+    mask: Tensor | None,
+    scale: float | None,
+    pooled: Pooled | None,
 ) -> Tensor:
     blocks, extra = layout.blocks, 0 if pooled is None else pooled.k.shape[2]
     key = (q.device, extra)
@@ -224,7 +231,13 @@ def _dense(
 
 
 def _gather(
-    q: Tensor, k: Tensor, v: Tensor, layout: CircleLayout, mask: Tensor | None, scale: float | None, pooled: Pooled | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: CircleLayout,
+    mask: Tensor | None,
+    scale: float | None,
+    pooled: Pooled | None,
 ) -> Tensor:
     """Groups as batch: queries (B*G, h, g, d) against the keys of n groups, the text and the cells."""
     blocks, order, (batch, heads) = layout.blocks, layout.blocks.order, q.shape[:2]
@@ -238,7 +251,8 @@ def _gather(
         picked = order.gather(x[:, :, blocks.image])[:, :, safe.flatten()]
         picked = picked.reshape(batch, heads, count, needed * order.length, -1)
         shared = outside(x) if cells is None else torch.cat([outside(x), cells], dim=2)
-        return torch.cat([picked, shared[:, :, None].expand(-1, -1, count, -1, -1)], dim=3).transpose(1, 2).flatten(0, 1)
+        shared = shared[:, :, None].expand(-1, -1, count, -1, -1)
+        return torch.cat([picked, shared], dim=3).transpose(1, 2).flatten(0, 1)
 
     extra = 0 if pooled is None else pooled.k.shape[2]
     others = blocks.before + blocks.after + extra
@@ -274,9 +288,7 @@ def _compiled_flex() -> Callable[..., Any]:
     return torch.compile(flex.flex_attention, dynamic=False)  # without a compiler it computes every score
 
 
-def _flex(
-    q: Tensor, k: Tensor, v: Tensor, layout: CircleLayout, scale: float | None, pooled: Pooled | None
-) -> Tensor:
+def _flex(q: Tensor, k: Tensor, v: Tensor, layout: CircleLayout, scale: float | None, pooled: Pooled | None) -> Tensor:
     """Image tokens group by group, then text, then cells."""
     blocks, order = layout.blocks, layout.blocks.order
     index, inverse = order.index.to(q.device), order.inverse.to(q.device)

@@ -7,6 +7,7 @@ tokens, under half an hour on one core; `gpu`: for the preset of 32 x 32 tokens.
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,8 +49,8 @@ class ClearRecipe:
     model: str = "emoji-1k"
     radius: float = 3
     pool: int | None = 4
-    samples: int = 1000
-    draw_steps: int = 10
+    samples: int = 640
+    draw_steps: int = 8
     taps: str = "single_blocks[::2]"
     fm: float = 1.0
     pred: float = 0.5
@@ -59,7 +60,7 @@ class ClearRecipe:
 PRESETS = {
     "cpu": ClearRecipe(
         TrainConfig(
-            steps=400, batch=16, learning_rate=5e-4, warmup=20, decay="linear-cooldown", ema=0.98, weight_decay=0.0,
+            steps=300, batch=12, learning_rate=5e-4, warmup=15, decay="linear-cooldown", ema=0.98, weight_decay=0.0,
             save_every=100, eval_every=100, eval_samples=HELD_OUT,
         )
     ),
@@ -105,7 +106,7 @@ def train(recipe: ClearRecipe, out: Path, resume: bool = False) -> Path:
         description={"recipe": "clear-emoji-1k", "samples": recipe.samples, "draw_steps": recipe.draw_steps},
     )  # fmt: skip
     report = trainer.fit(resume=resume)
-    student = trainer.ema_model.eval()
+    student: Any = trainer.ema_model.eval()
     after = prediction_errors(student, teacher, unseen)
     found = {"velocity error before": sum(before) / len(before), "velocity error after": sum(after) / len(after)}
     say(", ".join(f"{name} {value:.4f}" for name, value in found.items()))

@@ -54,7 +54,7 @@ class CoreTaps(nn.Module):
         cores = tuple(one for one in methods if isinstance(one, CoreMethod))
         for method in methods:
             if method not in cores:
-                raise Refusal(f"{method} acts elsewhere than on attention cores; a call outside a run has no place for it")
+                raise Refusal(f"{method} acts elsewhere than on attention cores, and a call outside a run has no more")
         self.denoiser, self.methods, self.anatomy = denoiser, cores, read_anatomy(denoiser)
         self.parts = nn.ModuleList(part for one in cores for part in vars(one).values() if isinstance(part, nn.Module))
         self.sites = sites_of_taps(self.anatomy, taps)
@@ -125,16 +125,17 @@ def sites_of_taps(anatomy: Anatomy, taps: str) -> tuple[str, ...]:
     stacks: dict[str, list[list[str]]] = {}
     for block in anatomy.blocks:
         stacks.setdefault(block.site.stack, []).append([str(one.site) for one in block.attentions])
+    known = ", ".join(f"{name} of {len(blocks)}" for name, blocks in stacks.items())
     found: list[str] = []
     for word in filter(None, taps.split("+")):
-        match = re.fullmatch(r"([\w.]+?)(?:\[(-?\d*)(?::(-?\d*))?(?::(-?\d*))?\])?", word)
-        name = next((one for one in stacks if match and one in (match[1], f"{match[1]}_blocks")), None)
-        if match is None or name is None:
-            raise UserError(f"got taps {word!r}; give a stack and a slice, such as {next(iter(stacks))}[::4]: {', '.join(stacks)}")
-        start, stop, step = (int(one) if one else None for one in match.groups()[1:])
-        is_one = "[" in word and ":" not in word
-        chosen = stacks[name][start : (start + 1) or None] if is_one and start is not None else stacks[name][start:stop:step]
+        match = re.fullmatch(r"([\w.]+?)(?:_blocks)?\[(-?\d*(?::-?\d*){1,2})\]", word)
+        name = next((one for one in stacks if match and one.removesuffix("_blocks") == match[1]), None)
+        chosen = [] if match is None or name is None else stacks[name][_slice(match[2])]
+        if not any(chosen):
+            raise UserError(f"taps {word!r} choose no attention; give a stack and a slice such as [::4]: {known}")
         found += [site for sites in chosen for site in sites]
-    if taps and not found:
-        raise UserError(f"taps {taps!r} choose no attention; the stacks have {', '.join(f'{len(v)} {k}' for k, v in stacks.items())}")
     return tuple(dict.fromkeys(found))
+
+
+def _slice(words: str) -> slice:
+    return slice(*(int(one) if one else None for one in words.split(":")))

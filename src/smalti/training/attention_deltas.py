@@ -56,7 +56,9 @@ def attention_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
                 if PROJECTIONS.fullmatch(name):
                     found[f"{one.site}.{name}"] = parameter
     if not found:
-        raise UserError(f"no attention projection of {type(model).__name__} is named to_q, to_k, to_v, to_qkv or to_out")
+        raise UserError(
+            f"no projection in attention of {type(model).__name__} is named to_q, to_k, to_v, to_qkv or to_out"
+        )
     return found
 
 
@@ -110,8 +112,8 @@ def merged(model: nn.Module, deltas: Deltas, factor: float = 1.0) -> Iterator[nn
     if {name: one.shape for name, one in own.items()} != {name: one.shape for name, one in deltas.weights.items()}:
         other = sorted(own.keys() ^ deltas.weights.keys()) or ["shapes"]
         raise UserError(
-            f"these deltas do not fit this {type(model).__name__} ({len(other)} differ, such as {other[0]}); they fit the "
-            "model that the student was distilled from, and models fine-tuned from it"
+            f"these deltas do not fit this {type(model).__name__} ({len(other)} differ, such as {other[0]}); they fit "
+            "the model that the student was distilled from, and models fine-tuned from it"
         )
     kept = {name: one.detach().clone() for name, one in own.items()}
     with torch.no_grad():

@@ -60,7 +60,9 @@ class Distillation:
             if weight < 0:
                 raise UserError(f"got a weight of {weight} for {name}; give at least 0")
         if self.losses.get("attn") and not self.teacher.sites:
-            raise UserError("the loss attn compares tapped attentions, and taps name none; give such as single_blocks[::4]")
+            raise UserError(
+                "the loss attn compares tapped attentions, and there are no taps; give some, as single[::4]"
+            )
 
     def loss(self, denoiser: Denoiser, batch: Batch, state: TrainState, generator: Generators) -> LossResult:
         """The weighted sum; all three terms are logged."""
@@ -90,7 +92,7 @@ def distance(one: Tensor, other: Tensor) -> Tensor:
 
 
 def make_student(teacher: nn.Module, methods: Sequence[Method], taps: str = "") -> CoreTaps:
-    """A copy of the teacher with methods, of which only the attention projections and the methods' own weights train."""
+    """A copy of the teacher with methods; only attention projections and the methods' own weights train."""
     denoiser = copy.deepcopy(teacher).requires_grad_(False)
     for parameter in attention_parameters(denoiser).values():
         parameter.requires_grad_(True)
@@ -138,7 +140,7 @@ def distill(
         raise UserError("no parameter of the student trains; make it with make_student, or set requires_grad")
     frozen = CoreTaps(teacher.requires_grad_(False).eval(), taps=taps)
     if student.sites != frozen.sites:
-        raise UserError(f"student and teacher are tapped at {student.sites} and {frozen.sites}; give both the same taps")
+        raise UserError(f"student and teacher are tapped at {student.sites} and {frozen.sites}; give the same taps")
     chosen = {"fm": 1.0, "pred": 0.5, "attn": 0.5 if taps else 0.0} if losses is None else dict(losses)
     facts = {"teacher": weights_hash(teacher), "methods": [str(one) for one in student.methods], "taps": taps}
     task = Distillation(frozen, chosen, objective or FlowMatching())

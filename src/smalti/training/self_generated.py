@@ -52,8 +52,9 @@ def self_generated(
 
     def encode(indices: Tensor) -> Tensor:
         chosen = indices.tolist()
+        style: Any = None if styles is None else [styles[i] for i in chosen]
         drawn: Any = pipe(
-            [prompts[i] for i in chosen], style=None if styles is None else [styles[i] for i in chosen],
+            [prompts[i] for i in chosen], style=style,
             generator=generators_for([first_seed + i for i in chosen]), num_inference_steps=steps,
             guidance_scale=guidance, output_type="pt", return_dict=False,
         )[0]  # fmt: skip
@@ -62,7 +63,7 @@ def self_generated(
         return torch.cat([latents.tensor, deviation], dim=1)
 
     table = build_cache(cache, key, len(prompts), encode, batch=BATCH, progress=len(prompts) > 4 * BATCH)
-    both = table[torch.arange(len(prompts))]  # (S, 2 C, h, w)
+    both: Any = table[torch.arange(len(prompts))]  # (S, 2 C, h, w)
     names, text = list(pipe.config["styles"]), pipe.text
     if text is None:
         raise UserError("this pipeline has no text encoder, so it draws nothing from prompts; give one that has")
