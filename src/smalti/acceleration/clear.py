@@ -24,7 +24,16 @@ from torch import Tensor, nn
 from smalti.core.errors import UserError, unknown_name
 from smalti.core.method import CoreCall, CoreMethod, Method, Site
 from smalti.core.protocols import TokenLayout
-from smalti.ops.circle_mask import Backend, Pooled, Shape, choose, circle_attention, circle_layout, pool_tokens
+from smalti.ops.circle_mask import (
+    Backend,
+    Pooled,
+    Shape,
+    choose,
+    circle_attention,
+    circle_layout,
+    pool_tokens,
+    tiles_for,
+)
 from smalti.seams.anatomy import read_anatomy
 from smalti.seams.apply import apply, denoisers
 from smalti.seams.handle import Handle
@@ -94,7 +103,8 @@ class CLEAR(CoreMethod):
         dense_steps: first steps with full attention, a number or a share of the run below 1.
         shape: circle, or square as a comparator.
         weights: learned pooling weights; None = means.
-        backend: gather, flex or dense; None = the cheapest. With few tokens `dense` is quicker though it saves nothing.
+        backend: gather, flex or dense; None = the one of least products. With few tokens `dense` is quicker though it
+            saves none.
 
     Raises:
         UserError: a setting out of range.
@@ -154,10 +164,11 @@ class CLEAR(CoreMethod):
         if self.is_neutral or grid is None or is_early(call.moment, self.dense_steps):
             return call.attend(call.q, call.k, call.v, call.mask)
         image = call.layout.span("image")
-        layout = circle_layout(grid, self.radius, image.start, len(call.layout) - image.stop, self.shape)
+        mask, pooled = keys_alone(call.mask, str(call.site)), None
+        group = tiles_for(grid, call.q.device, mask) if self.backend in (None, "flex") else None
+        layout = circle_layout(grid, self.radius, image.start, len(call.layout) - image.stop, self.shape, group)
         if layout.is_full and self.pool is None:
             return call.attend(call.q, call.k, call.v, call.mask)
-        mask, pooled = keys_alone(call.mask, str(call.site)), None
         if self.pool is not None:
             mean = call.q.new_full((self.pool, self.pool), 1 / self.pool**2)
             weight = mean if self.weights is None else self.weights.at(call.site).to(call.q.device)

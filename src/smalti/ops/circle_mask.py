@@ -123,11 +123,12 @@ def circle_layout(
         radius: in tokens, above 0.
         before, after: text tokens before and after the image.
         shape: circle or square.
-        group: tokens of a group; None = squares of about half the reach, which gather few keys in vain.
+        group: tokens of a group; None = squares as wide as the reach: smaller ones gather fewer keys in vain, but every
+            gathered key is a copy.
     """
     if group is None:
         reach = max(1, math.ceil(min(radius, max(grid))) - 1)
-        side = 2 ** math.floor(math.log2(reach))
+        side = 2 ** math.ceil(math.log2(reach))
         group = (1, side, side)
     order = group_order(grid, group)
     _, rows, columns = order.groups
@@ -176,8 +177,14 @@ def circle_attention(
     return (_dense if backend == "dense" else _gather)(q, k, v, layout, mask, scale, pooled)
 
 
+def tiles_for(grid: Grid, device: torch.device, mask: Tensor | None = None) -> Grid | None:
+    """Groups that FlexAttention can run on, where it runs: on a GPU, a grid of whole tiles, no mask of keys."""
+    is_tiled = grid[1] % TILES[1] == 0 and grid[2] % TILES[2] == 0
+    return TILES if device.type == "cuda" and is_tiled and mask is None else None
+
+
 def choose(layout: CircleLayout, device: torch.device, pooled: int = 0, mask: Tensor | None = None) -> Backend:
-    """The cheapest way: tiles on a GPU, gathered keys where these are fewer than all, else the token mask."""
+    """Tiles on a GPU, gathered keys where these are fewer than all, else the token mask, by products."""
     order = layout.blocks.order
     if device.type == "cuda" and mask is None and order.length % TILE == 0 and not order.is_padded:
         return "flex"
