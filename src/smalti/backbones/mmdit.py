@@ -87,6 +87,7 @@ class MMDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.axes_dims_rope = axes
         self.patch_size = patch_size
         self.attention_backend = "auto"
+        self.rope_theta = 10000.0
         self.gradient_checkpointing = False
         self.x_embedder = nn.Linear(in_channels * patch_size**2, width)
         self.text_embedder = nn.Linear(text_dim, width)
@@ -140,7 +141,7 @@ class MMDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         rows, columns = (side // self.patch_size for side in size[-2:])
         context = BlockContext(
             activated=F.silu(self.vector(t, cond)),
-            rope=grid_rope(length, rows, columns, self.axes_dims_rope, x.device, size[:-2].numel()),
+            rope=grid_rope(length, rows, columns, self.axes_dims_rope, x.device, size[:-2].numel(), self.rope_theta),
             mask=_joint_mask(cond.mask, image.shape[1]),
             backend=self.attention_backend,
         )

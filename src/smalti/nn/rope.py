@@ -50,10 +50,16 @@ def grid_labels(
 
 @remember
 def grid_rope(
-    text_length: int, height: int, width: int, axes_dims: tuple[int, ...], device: torch.device, frames: int = 1
+    text_length: int,
+    height: int,
+    width: int,
+    axes_dims: tuple[int, ...],
+    device: torch.device,
+    frames: int = 1,
+    theta: float = 10000.0,
 ) -> Tensor:
     """`rope_factors` of `grid_labels`: (M + F*H*W, d/2, 2)."""
-    return rope_factors(grid_labels(text_length, height, width, device, frames), axes_dims)
+    return rope_factors(grid_labels(text_length, height, width, device, frames), axes_dims, theta)
 
 
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:

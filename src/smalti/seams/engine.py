@@ -80,6 +80,7 @@ class MethodFrame(Frame):
         layouts: of the tokens, if a method acts on attention cores, blocks or tokens.
         shapes: what modules returned in this run, by module; filled here.
         sample: the noisy sample of the call.
+        watch: sees the raw output of every attention core, before its projection.
     """
 
     def __init__(
@@ -90,8 +91,10 @@ class MethodFrame(Frame):
         layouts: Layouts | None,
         shapes: dict[nn.Module, Shape],
         sample: Any = None,
+        watch: Callable[[Site, Tensor], None] | None = None,
     ):
         self.model, self.moment, self.layouts, self.shapes, self.sample = model, moment, layouts, shapes, sample
+        self.acting, self.watch = acting, watch
         self.steps = [one for one in acting if isinstance(one.method, StepMethod)]
         self.blocks = [one for one in acting if isinstance(one.method, BlockMethod)]
         self.sublayers = [one for one in acting if isinstance(one.method, SublayerMethod)]
@@ -120,6 +123,10 @@ class MethodFrame(Frame):
         for one in reversed(self.steps):
             call = partial(self._step, one, call)
         return pytree.tree_unflatten(list(call()), self.shapes[self.model].spec)
+
+    def again(self) -> "MethodFrame":
+        """For a part of this call that is computed once more, by gradient checkpointing; nothing is watched then."""
+        return MethodFrame(self.model, self.acting, self.moment, self.layouts, {})
 
     def _step(self, one: Acting, run: Callable[[], Outputs]) -> Outputs:
         assert isinstance(one.method, StepMethod)
@@ -229,6 +236,12 @@ class MethodFrame(Frame):
         return output
 
     def at_core(self, sublayer: Sublayer, attention: Attention) -> Tensor:
+        out = self._through_cores(sublayer, attention)
+        if self.watch is not None:
+            self.watch(sublayer.site, out)
+        return out
+
+    def _through_cores(self, sublayer: Sublayer, attention: Attention) -> Tensor:
         if self.rows is not None:
             with inside(self, None):
                 return self.rows.at_core(sublayer, attention)
