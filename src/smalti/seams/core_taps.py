@@ -75,7 +75,7 @@ class CoreTaps(nn.Module):
         with attached(self.anatomy):
             acting = [Acting(index, method, method.init()) for index, method in enumerate(self.methods)]
             layouts = self._layouts(forward, args, kwargs)
-            frame = MethodFrame(self.denoiser, acting, Moment(0, 0, 0.0), layouts, {}, watch)
+            frame = MethodFrame(self.denoiser, acting, Moment(0, 0, 0.0), layouts, {}, watch=watch)
             velocity = frame.run(forward, args, kwargs)
         if any(not method.is_neutral for method in self.methods) and not frame.tally.notes:
             raise NeverEngaged(f"{', '.join(map(str, self.methods))} changed nothing in a call")
