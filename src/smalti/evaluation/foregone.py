@@ -48,5 +48,5 @@ class Foregone(BlockMethod):
 
 def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
     """Spearman's correlation in [-1, 1] of two lists of distinct numbers."""
-    ranks = (np.argsort(np.argsort(values)) for values in (one, other))
-    return float(np.corrcoef(*ranks)[0, 1])
+    ranks = [np.argsort(np.argsort(values)) for values in (one, other)]
+    return float(np.corrcoef(np.stack(ranks))[0, 1])

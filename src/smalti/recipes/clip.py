@@ -146,7 +146,7 @@ def train(recipe: ClipRecipe, out: Path, resume: bool = False) -> Path:
 
 def one_style(transformer: Any, label: int) -> MMDiT:
     """The transformer with one of its styles left, and "none"."""
-    model = MMDiT.from_config({**transformer.config, "num_labels": 1})
+    model: Any = MMDiT.from_config({**transformer.config, "num_labels": 1})
     weights = transformer.state_dict()
     rows = torch.tensor([label, transformer.config["num_labels"]])
     name = "label_embedder.table.weight"

@@ -250,7 +250,7 @@ def _ffn(block: Block) -> Iterator[UnitGroup]:
 def _neurons(part: Sublayer) -> Iterator[UnitGroup]:
     """Neurons of a feed-forward module, or of linear layers of the block itself of which one closes the others."""
     if is_linear(part.module):
-        layers = {str(one.site): one.module for one in (part, *part.feeders) if is_linear(one.module)}
+        layers: dict[str, Any] = {str(one.site): one.module for one in (part, *part.feeders) if is_linear(one.module)}
     else:
         layers = {f"{part.site}.{name}": layer for name, layer in _linears(part.module)}
     for path, closing in reversed(layers.items()):

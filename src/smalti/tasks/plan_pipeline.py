@@ -110,7 +110,7 @@ def _figures(name: str, measured: Any) -> str:
 def draw_front(found: Plan, path: Path) -> None:
     """Time against distance of the front, the plain ways, and the chosen one."""
     try:
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure  # type: ignore[reportMissingImports]
     except ImportError as error:
         raise UserError("a plot needs matplotlib, which is not installed; run: pip install 'smalti[plots]'") from error
     figure = Figure(figsize=(7, 4.5), layout="constrained")
