@@ -48,5 +48,6 @@ class Foregone(BlockMethod):
 
 def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
     """Spearman's correlation in [-1, 1] of two lists of distinct numbers."""
-    ranks = [np.argsort(np.argsort(values)) for values in (one, other)]
-    return float(np.corrcoef(np.stack(ranks))[0, 1])
+    first, second = (np.argsort(np.argsort(values)).astype(np.float64) for values in (one, other))
+    first, second = first - first.mean(), second - second.mean()
+    return float(first @ second / np.sqrt((first @ first) * (second @ second)))

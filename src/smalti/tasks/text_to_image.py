@@ -134,7 +134,7 @@ def draw(request: Request) -> dict[str, Any]:
     }
 
 
-def _draw(pipe: TextToImagePipeline, request: Request, wanted: list[_Picture], sides: dict[str, int]) -> list[Drawn]:
+def _draw(pipe: TextToImagePipeline, request: Request, wanted: list[_Picture], sides: dict[str, Any]) -> list[Drawn]:
     images: list[Drawn] = []
     for start in range(0, len(wanted), BATCH):
         part = wanted[start : start + BATCH]
