@@ -11,8 +11,6 @@ PSNR and VGG distance are those to the plain run's pictures; PSNR ends at 58.9 d
 rest. FLOPs are those of the first picture, with its text encoder and autoencoder.
 """
 
-import inspect
-import json
 import math
 import re
 import sys
@@ -27,25 +25,24 @@ from typing import Any
 
 import psutil
 import torch
-from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm import tqdm
 
-from smalti.core.errors import UserError, unknown_name
-from smalti.core.files import atomic_file, check_creatable, read_json
+from smalti.core.errors import UserError
+from smalti.core.files import atomic_file, check_creatable
 from smalti.core.method import Method
-from smalti.core.seeds import check_seed, generators_for
+from smalti.core.seeds import generators_for
 from smalti.evaluation.flops import count_flops
+from smalti.evaluation.pipe_calls import check_arguments, read_calls
 from smalti.evaluation.sheet import from_images, sheet
 from smalti.evaluation.timing import bootstrap_interval, seconds
 from smalti.evaluation.vgg import VGG16
-from smalti.sampling.pipeline import TextToImagePipeline
 from smalti.seams.apply import apply, denoisers
 from smalti.seams.find import make_method
-from smalti.zoo.loader import INDEX, load_model, model_folder, provenance
+from smalti.zoo.loader import provenance
+from smalti.zoo.pipelines import device_of, load_pipeline
 
 ARGUMENT = "folder"
-LIBRARIES = ("diffusers", "transformers")
 SHEET_ROWS = 8
 SHEET_SIDE = 192
 ROUNDING = (1 / 255) ** 2 / 12
@@ -117,9 +114,9 @@ def run(settings: Settings) -> dict[str, Any]:
     calls = _calls(settings)
     check_creatable(settings.out)
     network = VGG16.pretrained()
-    device = _device(settings.device)
-    pipe = _load(settings.folder, device)
-    _check_arguments(pipe, calls)
+    device = device_of(settings.device)
+    pipe = load_pipeline(settings.folder, device)
+    check_arguments(pipe, calls)
     ways = _counted(pipe, named, calls[0], settings.steps)
     for index, call in enumerate(tqdm(calls, desc="drawing", unit="prompt", file=sys.stderr, leave=False)):
         for way in ways if index % 2 == 0 else ways[::-1]:  # what drifts hits all alike
@@ -171,78 +168,7 @@ def _calls(settings: Settings) -> list[dict[str, Any]]:
         raise UserError("no prompts were given; write --prompts FILE, a file with a prompt a line")
     if settings.steps < 1:
         raise UserError(f"steps is {settings.steps}; it must be a whole number from 1")
-    file = Path(settings.prompts)
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the prompts in {file}: {error}") from error
-    is_json = file.suffix.lower() == ".jsonl"
-    calls = [_arguments(file, number, line, is_json) for number, line in enumerate(lines, start=1) if line]
-    if not calls:
-        raise UserError(f"{file} holds no prompt; write one a line")
-    check_seed(settings.seed)
-    check_seed(settings.seed + len(calls) - 1)
-    size = _size(settings.size)
-    return [{**size, **call, "seed": settings.seed + index} for index, call in enumerate(calls)]
-
-
-def _arguments(file: Path, number: int, line: str, is_json: bool) -> dict[str, Any]:
-    if not is_json:
-        return {"prompt": line}
-    try:
-        content = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"line {number} of {file} is no json: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f'line {number} of {file} is no object; write {{"prompt": "...", ...}}')
-    return content
-
-
-def _size(text: str) -> dict[str, int]:
-    if not text:
-        return {}
-    parts = text.lower().split("x")
-    if len(parts) > 2 or not all(part.isascii() and part.isdigit() for part in parts):
-        raise UserError(f"size {text!r} is not understood; write pixels such as 64, or height x width such as 64x96")
-    return {"height": int(parts[0]), "width": int(parts[-1])}
-
-
-def _device(name: str) -> torch.device:
-    if name not in ("auto", "cpu", "cuda"):
-        raise unknown_name("device", name, ("auto", "cpu", "cuda"))
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("got device cuda, but torch sees no CUDA device; use --device cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def _load(name: str, device: torch.device) -> Any:
-    """A pipeline of ours or of diffusers; nothing but their classes and those of transformers is built."""
-    folder = model_folder(name)
-    index = read_json(folder / INDEX) if (folder / INDEX).is_file() else {}
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    kind = index.get("_class_name") if isinstance(index, dict) else None
-    if kind in (None, TextToImagePipeline.__name__):
-        pipe: Any = load_model(name, device)
-    else:
-        for part, entry in index.items():
-            is_foreign = isinstance(entry, list) and entry[:1] != [None] and entry[0] not in LIBRARIES
-            if is_foreign or (part == "_class_name" and not isinstance(entry, str)):
-                raise UserError(f"{part} of {folder} is {entry!r}; only parts of {' and '.join(LIBRARIES)} are loaded")
-        try:
-            pipe = DiffusionPipeline.from_pretrained(
-                folder, dtype=dtype, local_files_only=True, use_safetensors=True
-            ).to(device)
-        except (OSError, ValueError, TypeError, AttributeError, ImportError, RuntimeError) as error:
-            raise UserError(f"the {kind} in {folder} cannot be loaded: {error}") from error
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def _check_arguments(pipe: Any, calls: list[dict[str, Any]]) -> None:
-    parameters = inspect.signature(pipe.__call__).parameters
-    for name in {"num_inference_steps", "generator", *(name for call in calls for name in call)} - {"seed"}:
-        if name not in parameters:
-            raise unknown_name(f"argument of {type(pipe).__name__}", name, parameters)
+    return read_calls(settings.prompts, settings.size, settings.seed)
 
 
 def _counted(

@@ -10,3 +10,10 @@ def apply(target: Any, *methods: Any) -> Any:
     from smalti.seams.apply import apply as attach  # torch and diffusers are loaded on first use alone
 
     return attach(target, *methods)
+
+
+def plan(pipe: Any, prompts: Any, **target: Any) -> Any:
+    """Chooses methods that make a pipeline so many times faster or keep it so near; see `acceleration.planner.plan`."""
+    from smalti.acceleration.planner import plan as choose
+
+    return choose(pipe, prompts, **target)

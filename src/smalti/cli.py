@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -92,7 +92,8 @@ def generate(
     size: Annotated[str | None, typer.Option(help="Pixels: one number or HEIGHTxWIDTH.")] = None,
     solver: Annotated[str, typer.Option(help="euler, heun, dpm++, unipc or sde.")] = "euler",
     methods: Annotated[
-        list[str], typer.Option("--apply", metavar="SLUG[:KEY=VALUE,...]", help="A method, such as taylorseer.")
+        list[str],
+        typer.Option("--apply", metavar="SLUG[:KEY=VALUE,...]|PLAN", help="A method, or the file of a plan."),
     ] = [],  # noqa: B006 (typer copies it)
     as_json: Json = False,
 ) -> None:
@@ -107,6 +108,34 @@ def generate(
     if result["sheet"]:
         lines.append(f"{result['sheet']}  sheet of all")
     _print(result, as_json, "\n".join(lines))
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="Name of a shipped model, or the folder of any diffusers pipeline.")],
+    speedup: Annotated[float | None, typer.Option(help="So many times faster, as near as possible.")] = None,
+    psnr: Annotated[float | None, typer.Option(help="So near in dB, as fast as possible.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Yours, a line each or .jsonl; else held-out captions.")] = None,
+    steps: Annotated[int, typer.Option(help="Sampling steps of the plain run.")] = 28,
+    size: Annotated[str, typer.Option(help="Pixels: one number or HEIGHTxWIDTH; the pipeline's own if empty.")] = "",
+    batch: Annotated[int, typer.Option(help="Prompts in a call.")] = 1,
+    budget: Annotated[float, typer.Option(metavar="MINUTES", help="Of searching; the verdict comes on top.")] = 10.0,
+    max_memory: Annotated[float | None, typer.Option(metavar="GIB", help="That methods may keep.")] = None,
+    out: Annotated[Path, typer.Option(help="The plan's json file; a search that was stopped goes on.")] = Path(
+        "out/plan.json"
+    ),
+    plot: Annotated[Path | None, typer.Option(help="PNG file of time against distance.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Choose methods that meet a target on a pipeline, and show what they cost."""
+    from smalti.tasks import plan_pipeline
+
+    request = plan_pipeline.Request(
+        model, speedup, psnr, prompts, steps, size, batch, budget, max_memory, out, plot, device
+    )
+    found = plan_pipeline.make(request)
+    _print({**asdict(found), "file": str(out)}, as_json, plan_pipeline.text(found, out))
 
 
 @app.command()
@@ -280,36 +309,10 @@ def systems(
 
     if slug is None:
         rows = [catalogue.row(one) for one in catalogue.entries()]
-        _print(rows, as_json, _by_stage(rows))
+        _print(rows, as_json, catalogue.by_stage(rows))
         return
     one = catalogue.as_json(catalogue.entry(slug))
-    _print(one, as_json, _one_system(one))
-
-
-def _by_stage(rows: list[dict[str, Any]]) -> str:
-    """The list as text, one paragraph a stage."""
-    stages: dict[str, list[str]] = {}
-    width = max(len(row["slug"]) for row in rows)
-    for row in rows:
-        line = f"  {row['state']:12} {row['slug']:{width}}  {row['summary']}"
-        stages.setdefault(row["stage"], []).append(line)
-    return "\n\n".join("\n".join([stage, *lines]) for stage, lines in stages.items())
-
-
-def _one_system(one: dict[str, Any]) -> str:
-    """A system as text."""
-    paper = f"{one['paper']['title']} (arXiv {one['paper']['arxiv']})"
-    lines = [f"{one['name']}: {one['summary']}", paper, f"{one['stage']}, {one['state']}"]
-    lines += ["", one["purpose"]] if one["purpose"] else []
-    lines += [""] + [f"{kind:10} {path}" for kind, paths in one["where"].items() for path in paths]
-    for name, record in one["verdicts"].items():
-        verdict = record["verdict"]
-        stale = ", stale: it was measured on other code" if record["stale"] else ""
-        numbers = {"ours": verdict["ours"], **verdict["comparators"]}
-        lines += ["", f"{name}: {verdict['outcome']}{stale} ({record['hardware']}, {record['date']})"]
-        lines += [f"  {verdict['measured']}; {verdict['rule']}"]
-        lines += ["  " + ", ".join(f"{key} {value:.4g}" for key, value in numbers.items())]
-    return "\n".join(lines)
+    _print(one, as_json, catalogue.as_text(one))
 
 
 @app.command()

@@ -1,8 +1,10 @@
+from itertools import pairwise
+
 import pytest
 import torch
 
 import smalti
-from smalti.acceleration.taylorseer import TaylorSeer
+from smalti.acceleration.taylorseer import TaylorSeer, spread_places
 from smalti.backbones.mmdit import MMDiT
 from smalti.core.errors import Refusal, UserError
 from smalti.core.method import Moment
@@ -109,3 +111,27 @@ def test_time_as_abscissa_matters_on_uneven_steps(model):
     by_time, _ = walk(model, TaylorSeer(3, 1, 2, abscissa="time"), times=times)
     assert torch.equal(by_index[0], by_time[0])
     assert not torch.equal(by_index[3], by_time[3])
+
+
+def test_full_evaluations_can_be_named():
+    assert schedule(TaylorSeer(full_at=(0, 1, 4, 9)), 12) == [0, 1, 4, 9]
+    assert schedule(TaylorSeer(full_at=(0, 1, 4), last_full=1), 12, 12) == [0, 1, 4, 11]
+    for places in ((1, 3), (0, 3, 2), (0, 2, 2)):
+        with pytest.raises(UserError, match="rising indices"):
+            TaylorSeer(full_at=places)
+
+
+@pytest.mark.parametrize(("count", "steps", "bend"), [(8, 28, 1.0), (9, 28, 1.6), (27, 28, 2.0), (3, 50, 0.7)])
+def test_places_are_spread_from_the_first_to_the_last(count, steps, bend):
+    places = spread_places(count, steps, bend)
+    assert (len(set(places)), places[0], places[-1]) == (count, 0, steps - 1)
+    assert list(places) == sorted(places)
+    gaps = [after - before for before, after in pairwise(places)]
+    assert bend < 1 or gaps[0] <= gaps[-1]
+
+
+def test_candidates_for_a_planner_cost_about_what_is_asked():
+    for one in TaylorSeer.candidates(28, 3.0):
+        full = len(one.full_at or schedule(one, 28))
+        assert 6 <= full <= 10
+    assert TaylorSeer.candidates(4, 3.0)

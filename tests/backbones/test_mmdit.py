@@ -168,3 +168,14 @@ def test_refuses_what_does_not_fit():
         awake(guidance_embeds=True)(x, t, cond)
     with pytest.raises(UserError, match="head_dim = 8"):
         MMDiT(heads=2, head_dim=8)
+
+
+def test_a_clip_of_one_frame_is_a_picture_and_frames_have_a_place():
+    model, cond, x, t = awake(), conditions(), torch.randn(X), torch.rand(2)
+    torch.testing.assert_close(model(x[:, :, None], t, cond)[:, :, 0], model(x, t, cond))
+    clip = torch.randn(2, 4, 3, 4, 6)
+    forward, backward = model(clip, t, cond), model(clip.flip(2), t, cond).flip(2)
+    assert forward.shape == clip.shape
+    assert not torch.allclose(forward, backward, atol=1e-4)
+    still = model(clip[:, :, :1].expand(-1, -1, 3, -1, -1), t, cond)
+    assert not torch.allclose(still[:, :, 0], still[:, :, 1], atol=1e-4)

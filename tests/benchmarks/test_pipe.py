@@ -126,7 +126,7 @@ def test_a_model_of_ours(tiny_models, tmp_path):
 
 def test_flops_of_fewer_steps_are_those_that_they_have(pixart):
     """Two plain runs tell the cost of any number of steps."""
-    loaded = pipe._load(str(pixart), torch.device("cpu"))
+    loaded = pipe.load_pipeline(str(pixart), torch.device("cpu"))
     call = {"prompt": "a cat", "height": 32, "width": 32, "use_resolution_binning": False, "seed": 0}
     method = pipe.make_method("taylorseer:interval=4,warmup=2")
     plain, taylor, fewer = pipe._counted(loaded, [("taylorseer", (method,))], call, 12)

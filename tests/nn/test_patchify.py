@@ -13,7 +13,15 @@ def test_inverse(patch):
     x = torch.randn(2, 5, 6, 12)
     tokens = patchify(x, patch)
     assert tokens.shape == (2, 72 // patch**2, 5 * patch**2)
-    assert torch.equal(unpatchify(tokens, 6, 12, patch), x)
+    assert torch.equal(unpatchify(tokens, (6, 12), patch), x)
+
+
+@pytest.mark.parametrize("patch", [1, 2])
+def test_clips_are_cut_frame_by_frame(patch):
+    x = torch.randn(2, 5, 3, 4, 6)
+    tokens = patchify(x, patch)
+    assert torch.equal(tokens, torch.cat([patchify(frame, patch) for frame in x.unbind(2)], 1))
+    assert torch.equal(unpatchify(tokens, (3, 4, 6), patch), x)
 
 
 def test_order_is_that_of_flux():

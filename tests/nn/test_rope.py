@@ -66,3 +66,11 @@ def test_refuses_unfit_axes():
         rope_factors(torch.zeros(2, 3), (4, 4))
     with pytest.raises(ValueError, match="even"):
         rope_factors(torch.zeros(2, 1), (3,))
+
+
+def test_a_larger_base_slows_all_angles_but_the_first():
+    """NTK scaling: the fastest pair of an axis keeps its wavelength, the slowest is stretched by nearly the factor."""
+    plain, slow = (grid_rope(0, 1, 8, (2, 2, 8), torch.device("cpu"), theta=theta) for theta in (1e4, 1e5))
+    angle = [torch.atan2(one[1, 2:, 1], one[1, 2:, 0]) for one in (plain, slow)]  # of the column at place 1
+    ratio = angle[0] / angle[1]
+    torch.testing.assert_close(ratio, 10 ** (torch.arange(0, 8, 2) / 8), rtol=1e-4, atol=0)

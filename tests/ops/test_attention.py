@@ -1,10 +1,11 @@
-"""The backends of attention agree in values and gradients, with and without masks, at odd sizes."""
+"""The backends of attention agree in values and gradients, with and without masks, at odd sizes; so does the LSE."""
 
 import pytest
 import torch
 
 from smalti.core.errors import UserError
-from smalti.ops.attention import BACKENDS, attention
+from smalti.ops import attention as module
+from smalti.ops.attention import BACKENDS, attention, attention_with_lse
 
 
 def tensors(dtype=torch.float32):
@@ -59,6 +60,33 @@ def test_math_has_forward_and_second_derivatives():
     _, tangent = torch.func.jvp(lambda a: attention(a, k, v, backend="math"), (q,), (step,))
     near = attention(q + 1e-2 * step, k, v) - attention(q - 1e-2 * step, k, v)
     torch.testing.assert_close(tangent, near / 2e-2, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["none", "broadcast", "full", "bias"])
+@pytest.mark.parametrize("scale", [None, 0.7])
+@pytest.mark.parametrize("width", [5, 6])
+def test_the_log_sum_exp_is_that_of_all_scores(kind, scale, width, monkeypatch):
+    """Values of another width than the keys take the way of some queries at a time."""
+    monkeypatch.setattr(module, "SCORES_AT_ONCE", 2 * 3 * 11 * 2)  # two of seven queries
+    q, k, v = (one.detach() for one in tensors())
+    v = torch.randn(2, 3, 11, width)
+    keep = masks().get(kind)
+    bias = torch.randn(2, 1, 7, 11) if kind == "bias" else None
+    scores = q @ k.transpose(-1, -2) * (scale or 5**-0.5) + (0 if bias is None else bias)
+    scores = scores if keep is None else scores.masked_fill(~keep, -torch.inf)
+    found = attention_with_lse(q, k, v, keep if bias is None else bias, scale)
+    assert found.lse.dtype == torch.float32
+    torch.testing.assert_close(found.lse, scores.logsumexp(-1))
+    torch.testing.assert_close(found.out, scores.softmax(-1) @ v)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_output_beside_the_log_sum_exp_has_the_bits_of_plain_attention(dtype):
+    q, k, v = (one.detach().to(dtype) for one in tensors())
+    keep = masks()["broadcast"]
+    for mask in (None, keep):
+        plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        assert torch.equal(attention_with_lse(q, k, v, mask).out, plain)
 
 
 def test_keeps_the_dtype():

@@ -2,7 +2,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from smalti.ops.block_mask import BlockLayout, block_attention, choose, flex_mask, sparse_cost
+from smalti.ops.block_mask import (
+    BlockLayout,
+    block_attention,
+    block_attention_with_lse,
+    choose,
+    flex_mask,
+    sparse_cost,
+)  # fmt: skip
 from smalti.ops.token_order import group_order
 
 CPU = torch.device("cpu")
@@ -46,6 +53,25 @@ def test_gathering_equals_masked_attention_in_values_and_gradients(case, masked)
     grads = [torch.autograd.grad(one.square().sum(), (q, k, v)) for one in results]
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*grads, strict=True))
     assert not torch.allclose(results[0], F.scaled_dot_product_attention(q, k, v, attn_mask=mask), atol=1e-3)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("masked", [None, "bool", "bias"])
+@pytest.mark.parametrize("backend", ["dense", "gather"])
+def test_the_log_sum_exp_is_that_of_the_attended_keys(case, masked, backend):
+    layout = random_layout(**case)
+    length = layout.before + len(layout.order.inverse) + layout.after
+    q, k, v = (torch.randn(2, 3, length, 8) for _ in range(3))
+    keep = torch.ones(2, 1, 1, length, dtype=torch.bool)
+    keep[:, ..., :1] = masked is None
+    keep[:, ..., layout.before] = True
+    mask = {None: None, "bool": keep, "bias": torch.zeros(keep.shape).masked_fill(~keep, -torch.inf)}[masked]
+    scores = q @ k.transpose(-1, -2) * 8**-0.5
+    scores = scores.masked_fill(~(layout.token_mask(CPU) & keep), -torch.inf)
+    found = block_attention_with_lse(q, k, v, layout, mask, backend=backend)
+    assert torch.allclose(found.lse, scores.logsumexp(-1), atol=1e-5)
+    assert torch.allclose(found.out, block_attention(q, k, v, layout, mask, backend=backend), atol=1e-6)
+    assert not torch.allclose(found.lse, (q @ k.transpose(-1, -2) * 8**-0.5).logsumexp(-1), atol=1e-2)
 
 
 def test_text_rows_are_dense_and_masked_text_is_masked_for_everybody():
@@ -96,8 +122,9 @@ def test_the_flex_mask_is_the_table(text):
     from torch.nn.attention.flex_attention import flex_attention
 
     index = torch.cat([order.index + text, torch.arange(text)])
-    out = flex_attention(q[:, :, index], k[:, :, index], v[:, :, index], block_mask=blocks)
+    out, lse = flex_attention(q[:, :, index], k[:, :, index], v[:, :, index], block_mask=blocks, return_lse=True)
     assert torch.allclose(out, expected[:, :, index], atol=1e-5)
+    assert torch.allclose(lse, block_attention_with_lse(q, k, v, layout, backend="dense").lse[:, :, index], atol=1e-5)
 
 
 @pytest.mark.parametrize("table", [torch.ones(3, 3, dtype=torch.bool), torch.ones(4, 4), torch.zeros(4, 4).bool()])

@@ -10,6 +10,7 @@ from peft.utils import get_peft_model_state_dict
 from smalti.backbones.dit import DiT
 from smalti.backbones.mmdit import MMDiT
 from smalti.core.errors import UserError
+from smalti.core.protocols import Latents
 from smalti.core.seeds import generators_for
 from smalti.sampling.pipeline import TextToImagePipeline
 from smalti.sampling.schedulers import SOLVERS, make_scheduler
@@ -221,3 +222,22 @@ def test_bad_configurations():
         build(MMDiT.tiny(), text_encoder="minilmm")
     with pytest.raises(UserError, match="2 styles for a transformer of 3 labels"):
         build(MMDiT.tiny(), styles=STYLES[:2])
+
+
+def test_a_model_of_clips_draws_frames_and_each_is_decoded_alone(pipe, tmp_path):
+    clips = build(pipe.transformer, text_length=8, styles=STYLES, frames=3)
+    ask = {"num_inference_steps": 2, "generator": generators_for((7,))}
+    latents = clips("a dog", output_type="latent", **ask).frames
+    assert latents.shape == (1, 4, 3, 4, 4)
+    ask["generator"] = generators_for((7,))
+    pixels = clips("a dog", output_type="pt", **ask).frames
+    assert pixels.shape == (1, 3, 3, 16, 16)
+    alone = clips.autoencoder.decode(Latents(latents[:, :, 1])) / 2 + 0.5
+    assert torch.allclose(pixels[:, 1], alone, atol=1e-5)
+    ask["generator"] = generators_for((7,))
+    (film,) = clips("a dog", **ask).frames
+    assert [frame.size for frame in film] == [(16, 16)] * 3
+    ask["generator"] = generators_for((7,))
+    assert clips("a dog", output_type="np", **ask).frames.shape == (1, 3, 16, 16, 3)
+    clips.save_pretrained(tmp_path)
+    assert TextToImagePipeline.from_pretrained(tmp_path).config["frames"] == 3

@@ -8,6 +8,7 @@ from PIL import Image
 from smalti.core.errors import UserError
 from smalti.tasks import text_to_image
 from smalti.tasks.text_to_image import Request, draw
+from smalti.zoo.loader import load_model, save_model
 
 STEPS = 3
 
@@ -159,3 +160,20 @@ def test_a_full_disk_leaves_nothing(tiny_models, tmp_path, monkeypatch, failing)
         draw(request(tiny_models["text"], tmp_path / "a.png", "cat", "dog"))
     assert len(calls) == failing
     assert not names(tmp_path)
+
+
+def test_a_model_of_clips_writes_pictures_that_move(tiny_models, tmp_path):
+    pipe = load_model(tiny_models["text"])
+    pipe.register_to_config(frames=3)
+    model = save_model(pipe, tmp_path / "model", {"recipe": "test", "metrics": {}})
+    result = draw(request(model, tmp_path / "clip.png", "a dog", "a cat"))
+    files = [picture["file"] for picture in result["pictures"]]
+    with Image.open(files[0]) as clip:
+        assert (clip.n_frames, clip.size, clip.info["duration"]) == (3, (64, 64), 1000)
+        assert json.loads(clip.text["smalti"])["prompt"] == "a dog"
+        frames = []
+        for frame in range(3):
+            clip.seek(frame)
+            frames.append(np.asarray(clip.convert("RGB")))
+    assert not np.array_equal(frames[0], frames[1])
+    assert Image.open(result["sheet"]).size[0] > 2 * 64

@@ -74,6 +74,10 @@ class GRAT(CoreMethod):
     def variants(cls) -> tuple[Self, ...]:
         return (cls(group=(1, 1, 2), region="block:0+cross"), cls(group=(1, 2, 2), region="block:0", dense_steps=3))
 
+    @classmethod
+    def candidates(cls, steps: int, speedup: float) -> "tuple[Self, ...]":
+        return tuple(cls(group, region) for group in ((1, 4, 4), (1, 8, 8)) for region in ("block:1", "cross"))
+
     @property
     def is_neutral(self) -> bool:
         return self.region == "all"

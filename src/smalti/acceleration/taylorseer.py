@@ -3,11 +3,12 @@
 After `warmup` full evaluations one in `interval` is full; there the output of every sublayer, before its gate, renews a
 Taylor series over the index of the evaluation. In between no sublayer runs: its series gives the output, while norms,
 modulation and gates follow the current time. `lite` keeps one series for the output of the whole model instead, at
-1 / (2 * blocks) of the memory and with more error. `order` 0 is plain reuse.
+1 / (2 * blocks) of the memory and with more error. `order` 0 is plain reuse. In place of a fixed interval the full
+evaluations can be named: early ones, where the curve bends, want to be closer together than late ones.
 
 Source: From Reusing to Forecasting: Accelerating Diffusion Models with TaylorSeers (arXiv 2503.06923), section 3.
-Differences from the published code: our own counter, which rises with every evaluation; exact divided differences and
-the time as abscissa are options.
+Differences from the published code: our own counter, which rises with every evaluation; named full evaluations, exact
+divided differences and the time as abscissa are options.
 """
 
 from dataclasses import dataclass, field
@@ -59,6 +60,7 @@ class TaylorSeer(StepMethod, SublayerMethod):
         offload: factors wait in the CPU's memory.
         differences: published (all orders share the newest distance) or divided (exact on irregular places).
         abscissa: evaluation (its index) or time.
+        full_at: indices of the evaluations that are full, from 0 on, in place of interval and warmup.
 
     Raises:
         UserError: a value is out of range.
@@ -73,6 +75,7 @@ class TaylorSeer(StepMethod, SublayerMethod):
     offload: bool = False
     differences: Literal["published", "divided"] = "published"
     abscissa: Literal["evaluation", "time"] = "evaluation"
+    full_at: tuple[int, ...] = ()
 
     owns = frozenset({"sublayer outputs"})
     work = "less"
@@ -86,6 +89,8 @@ class TaylorSeer(StepMethod, SublayerMethod):
         ):  # fmt: skip
             if getattr(self, name) not in allowed:
                 raise unknown_name(f"{name} of TaylorSeer", getattr(self, name), allowed)
+        if self.full_at and (self.full_at[0] != 0 or list(self.full_at) != sorted(set(self.full_at))):
+            raise UserError(f"TaylorSeer got full_at={self.full_at}; give rising indices, the first of them 0")
 
     @classmethod
     def neutral(cls) -> Self:
@@ -100,13 +105,31 @@ class TaylorSeer(StepMethod, SublayerMethod):
         return (
             cls(interval=3, order=2, warmup=2, lite=True),
             cls(interval=3, order=2, warmup=2, differences="divided", abscissa="time", store="fp32", offload=True),
+            cls(full_at=(0, 1, 3, 6, 10)),
         )
+
+    @classmethod
+    def candidates(cls, steps: int, speedup: float) -> "tuple[Self, ...]":
+        full = steps / speedup
+        counts = dict.fromkeys(round(count) for count in (full - 0.1 * (steps - full), full, full - 1))
+        named = [
+            cls(order=order, lite=lite, full_at=spread_places(count, steps, bend))
+            for lite in (False, True)
+            for count in counts
+            for bend in (1.3, 1.0, 1.6)
+            for order in (1, 2)
+            if 2 < count < steps
+        ]
+        interval = max(2, round((steps - 3) / max(1.0, full - 3)))
+        return (*named, cls(interval=interval, order=1), cls(interval=interval, order=1, lite=True))
 
     @property
     def is_neutral(self) -> bool:
-        return self.interval == 1
+        return self.interval == 1 and not self.full_at
 
     def idle_reason(self, evaluations: int) -> str:
+        if self.full_at:
+            return f"all of {evaluations} evaluations are named in full_at={self.full_at}; name fewer"
         return (
             f"of {evaluations} evaluations the first {self.warmup} are warm-up, then one in {self.interval} is full, "
             f"and so are the last {self.last_full} steps; take more steps or a shorter warm-up"
@@ -139,10 +162,13 @@ class TaylorSeer(StepMethod, SublayerMethod):
 
     def _decide(self, state: Memory, moment: Moment) -> None:
         """Whether the evaluation that begins is full; warm-up counts from this state's first one."""
-        state.is_full = state.evaluations < self.warmup or state.forecasts == self.interval - 1
+        if self.full_at:
+            state.is_full, state.is_derived = state.evaluations in self.full_at, True
+        else:
+            state.is_full = state.evaluations < self.warmup or state.forecasts == self.interval - 1
+            # The differences of the first warm-up evaluations are thrown away: the curve still bends too much there.
+            state.is_derived = state.evaluations > self.warmup - 2
         state.is_full |= is_late(moment, self.last_full)
-        # The differences of the first warm-up evaluations are thrown away: the curve still bends too much there.
-        state.is_derived = state.evaluations > self.warmup - 2
         state.place = float(moment.evaluation) if self.abscissa == "evaluation" else moment.t
         state.forecasts = 0 if state.is_full else state.forecasts + 1
         state.evaluations += 1
@@ -160,6 +186,18 @@ class TaylorSeer(StepMethod, SublayerMethod):
 
     def _series(self) -> TaylorState:
         return TaylorState(self.order, self.differences == "divided", STORES[self.store], self.offload)
+
+
+def spread_places(count: int, steps: int, bend: float) -> tuple[int, ...]:
+    """So many of the indices 0 to steps - 1, the first and the last among them: (i / (count - 1)) ** bend of the way.
+
+    With a bend above 1 the early ones are the closest.
+    """
+    places = [0]
+    for i in range(1, count):
+        wanted = round((i / (count - 1)) ** bend * (steps - 1))
+        places.append(min(max(wanted, places[-1] + 1), steps - count + i))
+    return tuple(places)
 
 
 def _key(call: SublayerCall) -> str:

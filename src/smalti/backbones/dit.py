@@ -27,6 +27,7 @@ from smalti.nn.initialise import draw_weights
 from smalti.nn.modulation import EPS, FinalNorm, Modulation, per_token
 from smalti.nn.patchify import patchify, unpatchify
 from smalti.nn.positions import grid_positions
+from smalti.nn.pruned import Shapes, reshape
 
 
 class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
@@ -46,6 +47,7 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         block_order: sublayers of a block, a name of `block_order.ORDERS` or a list of (sublayer, factor).
         modulation: own, a linear layer in every block, or shared, one for all of them and a table in each.
         learn_sigma: predict 2 * in_channels, the second half being a variance, as the paper's class models do.
+        pruned: layers that are smaller than these numbers make them, written by `acceleration.ecodiff.prune`.
 
     Example:
         >>> model = DiT.tiny()
@@ -75,6 +77,7 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         learn_sigma: bool = False,
         block_order: str | Order = "standard",
         modulation: Literal["own", "shared"] = "own",
+        pruned: Shapes | None = None,
     ):
         super().__init__()
         width = heads * head_dim
@@ -97,6 +100,7 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.final_norm = FinalNorm(width)
         self.proj_out = nn.Linear(width, in_channels * (1 + learn_sigma) * patch_size**2)
         draw_weights(self, embedders=(self.time_embedder, self.label_embedder, self.pooled_embedder))
+        reshape(self, pruned or {})
 
     @classmethod
     def tiny(cls) -> "DiT":
@@ -133,7 +137,7 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
             else:
                 tokens = block(tokens, context)
         velocity = self.proj_out(self.final_norm(tokens, activated))
-        return unpatchify(velocity, height, width, self.patch_size).to(x.dtype)
+        return unpatchify(velocity, (height, width), self.patch_size).to(x.dtype)
 
     def vector(self, t: Tensor, cond: Cond) -> Tensor:
         """The conditioning vector, (B, D) for t (B,), (B, N, D) for t (B, N)."""

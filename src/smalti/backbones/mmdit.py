@@ -1,8 +1,9 @@
 """MMDiT: a transformer over text and image tokens with joint attention, the structure of FLUX.1.
 
 Double blocks (own weights for text and image), then single blocks on the joint sequence, adaLN modulation by time,
-pooled text and an optional label, 2-D rotary positions, RMS norm of queries and keys. With converted weights it equals
-diffusers' `FluxTransformer2DModel` (see `flux_weights`). It predicts the velocity at t in [0, 1], 0 = data.
+pooled text and an optional label, rotary positions over (frame, row, column), RMS norm of queries and keys. With
+converted weights it equals diffusers' `FluxTransformer2DModel` (see `flux_weights`). It predicts the velocity at t in
+[0, 1], 0 = data.
 
 Source: Stable Diffusion 3 (arXiv 2403.03206); FLUX.1 (black-forest-labs/flux). Initialisation as in DiT
 (arXiv 2212.09748): every block is the identity and the output zero at the start.
@@ -25,6 +26,7 @@ from smalti.nn.initialise import draw_weights
 from smalti.nn.joint_blocks import SingleBlock
 from smalti.nn.modulation import FinalNorm
 from smalti.nn.patchify import patchify, unpatchify
+from smalti.nn.pruned import Shapes, reshape
 from smalti.nn.rope import grid_rope
 
 
@@ -42,9 +44,10 @@ class MMDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         pooled_dim: channels of the pooled text.
         num_labels: number of styles or classes; 0 = the model takes no label. Index `num_labels` means "none".
         guidance_embeds: whether the guidance scale is an input (guidance-distilled models).
-        axes_dims_rope: channels of the three rotary axes (unused axis, row, column); their sum is head_dim.
+        axes_dims_rope: channels of the three rotary axes (frame, row, column); their sum is head_dim.
         ffn_ratio: hidden width of a block's feed-forward layers together, over the width.
         block_order: sublayers of a double block, a name of `block_order.ORDERS` or a list of (sublayer, factor).
+        pruned: layers that are smaller than these numbers make them, written by `acceleration.ecodiff.prune`.
 
     Example:
         >>> model = MMDiT.tiny()
@@ -74,6 +77,7 @@ class MMDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         axes_dims_rope: tuple[int, ...] = (8, 12, 12),
         ffn_ratio: float = 4.0,
         block_order: str | Order = "standard",
+        pruned: Shapes | None = None,
     ):
         super().__init__()
         axes = tuple(axes_dims_rope)
@@ -83,6 +87,7 @@ class MMDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.axes_dims_rope = axes
         self.patch_size = patch_size
         self.attention_backend = "auto"
+        self.rope_theta = 10000.0
         self.gradient_checkpointing = False
         self.x_embedder = nn.Linear(in_channels * patch_size**2, width)
         self.text_embedder = nn.Linear(text_dim, width)
@@ -96,6 +101,7 @@ class MMDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.proj_out = nn.Linear(width, in_channels * patch_size**2)
         embedders = (self.time_embedder, self.pooled_embedder, self.guidance_embedder, self.label_embedder)
         draw_weights(self, embedders)
+        reshape(self, pruned or {})
 
     @classmethod
     def tiny(cls) -> "MMDiT":
@@ -116,26 +122,26 @@ class MMDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """Predicts the velocity.
 
         Args:
-            x: noisy latents (B, C, H, W).
+            x: noisy latents of pictures (B, C, H, W) or clips (B, C, F, H, W).
             t: times (B,) in [0, 1].
             cond: text (B, M, text_dim) and pooled (B, pooled_dim); optional mask (B, M), label (B,), guidance (B,).
 
         Returns:
-            (B, C, H, W) in the dtype of x.
+            The shape and dtype of x.
 
         Raises:
             UserError: the conditioning or the size does not fit the model.
         """
         self._check(x, t, cond)
-        height, width = x.shape[-2:]
+        size = x.shape[2:]
         dtype = self.proj_out.bias.dtype  # a bias keeps its dtype where weights are quantised
         image = self.x_embedder(patchify(x, self.patch_size).to(dtype))  # (B, N, D)
         text = self.text_embedder(_given(cond.text, "text").to(dtype))  # (B, M, D)
         length = text.shape[1]
-        rows, columns = height // self.patch_size, width // self.patch_size
+        rows, columns = (side // self.patch_size for side in size[-2:])
         context = BlockContext(
             activated=F.silu(self.vector(t, cond)),
-            rope=grid_rope(length, rows, columns, self.axes_dims_rope, x.device),
+            rope=grid_rope(length, rows, columns, self.axes_dims_rope, x.device, size[:-2].numel(), self.rope_theta),
             mask=_joint_mask(cond.mask, image.shape[1]),
             backend=self.attention_backend,
         )
@@ -145,7 +151,7 @@ class MMDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         for block in self.single_blocks:
             joint = self._run(block, joint, context)
         velocity = self.proj_out(self.final_norm(joint[:, length:], context.activated))
-        return unpatchify(velocity, height, width, self.patch_size).to(x.dtype)
+        return unpatchify(velocity, size, self.patch_size).to(x.dtype)
 
     def vector(self, t: Tensor, cond: Cond) -> Tensor:
         """The conditioning vector (B, D): time, guidance, pooled text and label, embedded and added."""

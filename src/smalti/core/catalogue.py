@@ -196,3 +196,29 @@ def as_json(one: Entry) -> dict[str, Any]:
         "where": where(one),
         "verdicts": {name: {**record, "stale": is_stale(one, record)} for name, record in records.items()},
     }
+
+
+def by_stage(rows: list[dict[str, Any]]) -> str:
+    """The list as text, one paragraph a stage."""
+    stages: dict[str, list[str]] = {}
+    width = max(len(row["slug"]) for row in rows)
+    for row in rows:
+        line = f"  {row['state']:12} {row['slug']:{width}}  {row['summary']}"
+        stages.setdefault(row["stage"], []).append(line)
+    return "\n\n".join("\n".join([stage, *lines]) for stage, lines in stages.items())
+
+
+def as_text(one: dict[str, Any]) -> str:
+    """A system as text."""
+    paper = f"{one['paper']['title']} (arXiv {one['paper']['arxiv']})"
+    lines = [f"{one['name']}: {one['summary']}", paper, f"{one['stage']}, {one['state']}"]
+    lines += ["", one["purpose"]] if one["purpose"] else []
+    lines += [""] + [f"{kind:10} {path}" for kind, paths in one["where"].items() for path in paths]
+    for name, record in one["verdicts"].items():
+        verdict = record["verdict"]
+        stale = ", stale: it was measured on other code" if record["stale"] else ""
+        numbers = {"ours": verdict["ours"], **verdict["comparators"]}
+        lines += ["", f"{name}: {verdict['outcome']}{stale} ({record['hardware']}, {record['date']})"]
+        lines += [f"  {verdict['measured']}; {verdict['rule']}"]
+        lines += ["  " + ", ".join(f"{key} {value:.4g}" for key, value in numbers.items())]
+    return "\n".join(lines)

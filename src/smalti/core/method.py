@@ -5,7 +5,8 @@ A method is a frozen dataclass of hyperparameters. It inherits from the class of
 - `StepMethod`: the whole denoiser call;
 - `BlockMethod`: one transformer block with its token streams;
 - `SublayerMethod`: the output of attention or feed-forward inside a block, before its gate;
-- `CoreMethod`: q, k, v of one attention after norm and rotation.
+- `CoreMethod`: q, k, v of one attention after norm and rotation;
+- `TokensMethod` (in `core.tokens`): the whole denoiser call, of which it may leave out image tokens.
 
 What it remembers is a separate object, made by `init` for every run, lane, branch and model and handed back at each
 call. Methods know nothing of models or pipelines; `smalti.seams` calls them.
@@ -193,6 +194,16 @@ class Method(ABC):
         """Further settings like `active` that work in another way."""
         return ()
 
+    @classmethod
+    def candidates(cls, steps: int, speedup: float) -> "tuple[Method, ...]":
+        """Settings that a planner tries, the likeliest first; by default none, and planners leave the method out.
+
+        Args:
+            steps: evaluations of a run.
+            speedup: how many times faster it is to be.
+        """
+        return ()
+
     @property
     @abstractmethod
     def is_neutral(self) -> bool:
@@ -218,6 +229,18 @@ class Method(ABC):
     def kept(self, state: Any) -> int:
         """Bytes of tensors that the state holds."""
         return 0
+
+
+class Bundle(ABC):
+    """Methods that go together on one model and setting, such as a plan; `smalti.apply` takes it in their place."""
+
+    @abstractmethod
+    def methods_for(self, target: Any) -> "tuple[Method, ...]":
+        """The methods; raises `Refusal` if they are not for this pipeline or model."""
+
+    @abstractmethod
+    def check_run(self, moment: Moment, sample: tuple[int, ...]) -> None:
+        """Raises `Refusal` if a run that begins, with a sample of this shape, is not what they are for."""
 
 
 class StepMethod(Method):

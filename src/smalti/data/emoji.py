@@ -1,7 +1,7 @@
 """Emoji as a text-to-picture data set: 1,914 emoji in up to four drawing styles, 64 px with alpha, split by concept.
 
 The prepared set ships with the package and works offline; `smalti.data.emoji_prepare` makes it anew from its sources.
-Letters: N pictures, S the side in pixels, B a batch.
+Letters: N pictures, S the side in pixels, F frames of a clip (see `data.clips`), B a batch.
 """
 
 import hashlib
@@ -68,7 +68,7 @@ class EmojiSet:
 
     Args:
         items: one description a picture.
-        images: RGBA pictures (N, S, S, 4), uint8.
+        images: RGBA pictures (N, S, S, 4), or clips (N, F, S, S, 4), uint8.
         hash: SHA-256 of the prepared file that they come from.
     """
 
@@ -80,7 +80,7 @@ class EmojiSet:
         return len(self.items)
 
     def pixels(self, indices: Sequence[int] | Tensor | np.ndarray | slice = slice(None)) -> Tensor:
-        """Pictures on white, (B, 3, S, S) float32 in [-1, 1]."""
+        """Pictures on white, (B, 3, S, S), or clips, (B, 3, F, S, S); float32 in [-1, 1]."""
         chosen = indices if isinstance(indices, slice) else np.asarray(indices, dtype=np.int64)
         return on_white(torch.from_numpy(np.ascontiguousarray(self.images[chosen])))
 
@@ -106,15 +106,15 @@ class EmojiSet:
         Raises:
             UserError: a name is unknown, or nothing is left.
         """
-        chosen = _chosen(self.items, split, topics, style=styles, group=groups, subgroup=subgroups, key=keys)
+        chosen = choose(self.items, split, topics, style=styles, group=groups, subgroup=subgroups, key=keys)
         if len(chosen) == len(self):
             return self
         return replace(self, items=tuple(self.items[i] for i in chosen), images=self.images[chosen])
 
 
 def on_white(rgba: Tensor) -> Tensor:
-    """RGBA (B, H, W, 4) uint8 composed on white: (B, 3, H, W) float32 in [-1, 1]."""
-    rgba = rgba.permute(0, 3, 1, 2).float() / 255
+    """RGBA (B, ..., 4) uint8 composed on white: (B, 3, ...) float32 in [-1, 1]."""
+    rgba = rgba.movedim(-1, 1).float() / 255
     color, alpha = rgba[:, :3], rgba[:, 3:]
     return (color * alpha + (1 - alpha)) * 2 - 1
 
@@ -149,8 +149,8 @@ def load_emoji(
         raise UserError(f"the emoji set {name!r} is not prepared; run: smalti data get {name}")
     with _open(path) as archive:
         index = json.loads(archive.read("emoji.json"))
-        items = _items(index)
-        chosen = _chosen(items, split, topics, style=styles)
+        items = items_of(index)
+        chosen = choose(items, split, topics, style=styles)
         images = _read_images(archive, index, items, chosen)
     return EmojiSet(tuple(items[i] for i in chosen), images, file_hash(path))
 
@@ -205,7 +205,8 @@ def _open(path: Path) -> zipfile.ZipFile:
         raise UserError(f"the prepared set {path} is damaged ({error}); remove it and prepare it again") from error
 
 
-def _items(index: dict) -> list[EmojiItem]:
+def items_of(index: dict) -> list[EmojiItem]:
+    """The items of a prepared set, from the index that lies in it."""
     held_out = set(index["held_out"])
     known = {row[0]: row for row in index["emoji"]}
     found = []
@@ -216,7 +217,7 @@ def _items(index: dict) -> list[EmojiItem]:
     return found
 
 
-def _chosen(
+def choose(
     items: Sequence[EmojiItem], split: str, topics: Sequence[str] | None, **wanted: Sequence[str] | None
 ) -> list[int]:
     """Indices of the items that meet every condition; each name must be known."""

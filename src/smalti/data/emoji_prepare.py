@@ -90,7 +90,7 @@ def prepare(name: str, progress: bool = False) -> Path:
     if not (folder / "emoji.zip").is_file():
         with atomic_folder(folder) as temporary:
             build_zip(BUILDS[name], temporary / "emoji.zip", progress)
-            _copy_licences(BUILDS[name], temporary / "licenses")
+            copy_licences(_sources(BUILDS[name]), temporary / "licenses")
     return folder / "emoji.zip"
 
 
@@ -103,18 +103,20 @@ def build_zip(build: EmojiBuild, path: Path, progress: bool = False) -> None:
     index = _index(build, [one for one in emoji if one.key in drawn], keys)
     bar = tqdm(total=sum(map(len, keys.values())), desc="drawing emoji", disable=not progress)
     with atomic_file(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive, bar:
-        _add(archive, "emoji.json", json.dumps(index, ensure_ascii=False, separators=(",", ":")).encode())
+        add_file(archive, "emoji.json", json.dumps(index, ensure_ascii=False, separators=(",", ":")).encode())
         for style in build.styles:
             for sheet, start in enumerate(range(0, len(keys[style]), SHEET)):
                 chunk = keys[style][start : start + SHEET]
-                _add(archive, f"{style}/{sheet:03d}.webp", _sheet((drawings[style][key] for key in chunk), build.size))
+                add_file(
+                    archive, f"{style}/{sheet:03d}.webp", _sheet((drawings[style][key] for key in chunk), build.size)
+                )
                 bar.update(len(chunk))
 
 
-def _copy_licences(build: EmojiBuild, folder: Path) -> None:
+def copy_licences(sources: Iterable[Source], folder: Path) -> None:
     """Puts our texts and those that the packages bring into `folder`."""
     shutil.copytree(LICENCES, folder)
-    for source in _sources(build):
+    for source in sources:
         for text in sorted(source.folder().glob("LICEN[CS]E*")):
             shutil.copyfile(text, folder / f"{source.folder().name}-{text.name}")
 
@@ -128,14 +130,15 @@ def _index(build: EmojiBuild, emoji: list[Emoji], keys: dict[str, list[str]]) ->
         "format": 1,
         "size": build.size,
         "sheet": SHEET,
-        "sources": [_describe(source) for source in _sources(build)],
+        "sources": [describe(source) for source in _sources(build)],
         "held_out": sorted({one.concept for one in emoji if is_held_out(one.concept)}),
         "emoji": [[one.key, one.concept, one.label, list(one.tags), one.group, one.subgroup] for one in emoji],
         "styles": keys,
     }
 
 
-def _describe(source: Source) -> dict[str, str]:
+def describe(source: Source) -> dict[str, str]:
+    """What a prepared set says of a package that it was made from."""
     return {"package": source.package, "version": source.version, "licence": source.licence, "author": source.author}
 
 
@@ -146,7 +149,8 @@ def _sheet(drawings: Iterable[Path | str], size: int) -> bytes:
     return buffer.getvalue()
 
 
-def _add(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
+def add_file(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
+    """Puts a file into a zip, with a fixed time, so that the same content gives the same bytes."""
     entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
     entry.create_system, entry.external_attr = 3, 0o644 << 16
     archive.writestr(entry, content)

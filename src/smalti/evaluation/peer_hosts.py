@@ -232,7 +232,7 @@ def flux_call(model: Callable[..., Any], x: Tensor, t: Tensor, cond: Cond) -> Te
         encoder_hidden_states=cond.text, pooled_projections=cond.pooled, txt_ids=labels[:length],
         img_ids=labels[length:], return_dict=False, **options,
     )[0]  # fmt: skip
-    return unpatchify(velocity, height, width, 1)
+    return unpatchify(velocity, (height, width), 1)
 
 
 def _wan_call(model: Callable[..., Any], x: Tensor, t: Tensor, cond: Cond) -> Tensor:

@@ -39,19 +39,27 @@ def rope_factors(labels: Tensor, axes_dims: Sequence[int], theta: float = 10000.
     return torch.stack([angle.cos(), angle.sin()], dim=-1).float()
 
 
-def grid_labels(text_length: int, height: int, width: int, device: torch.device | None = None) -> Tensor:
-    """Labels (M + H*W, 3) of a text-first joint sequence: zeros for text, (0, row, column) for the image."""
-    rows = torch.arange(height, dtype=torch.float32, device=device)
-    columns = torch.arange(width, dtype=torch.float32, device=device)
-    row, column = torch.meshgrid(rows, columns, indexing="ij")
-    image = torch.stack([torch.zeros_like(row), row, column], dim=-1).flatten(0, 1)
+def grid_labels(
+    text_length: int, height: int, width: int, device: torch.device | None = None, frames: int = 1
+) -> Tensor:
+    """Labels (M + F*H*W, 3) of a text-first joint sequence: zeros for text, (frame, row, column) for the image."""
+    axes = (torch.arange(side, dtype=torch.float32, device=device) for side in (frames, height, width))
+    image = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 2)
     return torch.cat([image.new_zeros(text_length, 3), image])
 
 
 @remember
-def grid_rope(text_length: int, height: int, width: int, axes_dims: tuple[int, ...], device: torch.device) -> Tensor:
-    """`rope_factors` of `grid_labels`: (M + H*W, d/2, 2)."""
-    return rope_factors(grid_labels(text_length, height, width, device), axes_dims)
+def grid_rope(
+    text_length: int,
+    height: int,
+    width: int,
+    axes_dims: tuple[int, ...],
+    device: torch.device,
+    frames: int = 1,
+    theta: float = 10000.0,
+) -> Tensor:
+    """`rope_factors` of `grid_labels`: (M + F*H*W, d/2, 2)."""
+    return rope_factors(grid_labels(text_length, height, width, device, frames), axes_dims, theta)
 
 
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:

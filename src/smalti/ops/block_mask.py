@@ -15,13 +15,15 @@ Source: GRAT (arXiv 2505.14687), section 3; FlexAttention (arXiv 2412.05496) for
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import flex_attention as flex
 
+from smalti.ops.attention import attention_with_lse
+from smalti.ops.lse_merge import Partial
 from smalti.ops.token_order import GroupOrder
 
 Backend = Literal["dense", "gather", "flex", "full"]
@@ -106,21 +108,70 @@ def block_attention(
     Raises:
         ValueError: a mask of another shape (one that differs between queries is the model's own pattern).
     """
-    if mask is not None and (mask.ndim != 4 or mask.shape[-2] != 1 or mask.shape[-3] != 1):
-        raise ValueError(f"a mask of keys is (B, 1, 1, L), got {tuple(mask.shape)}")
+    _check_key_mask(mask)
     backend = choose(layout, q.device) if backend is None else backend
     if backend == "full":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     if backend == "dense":
-        allowed = layout.token_mask(q.device)
-        if mask is not None and mask.dtype != torch.bool:
-            allowed = torch.zeros_like(allowed, dtype=mask.dtype).masked_fill(~allowed, -torch.inf) + mask
-        elif mask is not None:
-            allowed = allowed & mask
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=_dense_mask(layout, mask, q.device), scale=scale)
     if backend == "flex":
         return _flex(q, k, v, layout, mask, scale)
-    return _gather(q, k, v, layout, mask, scale)
+    groups = _gather(q, k, v, layout, mask)
+    out = F.scaled_dot_product_attention(*groups[:3], attn_mask=groups.mask, scale=scale)
+    if not layout.before and not layout.after:
+        return _scatter(out, None, layout)
+    text = F.scaled_dot_product_attention(_text_of(q, layout), k, v, attn_mask=mask, scale=scale)
+    return _scatter(out, text, layout)
+
+
+def block_attention_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BlockLayout,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    backend: Backend | None = None,
+) -> Partial:
+    """`block_attention` with the log-sum-exp over the keys that each query attends to; arguments as there.
+
+    Returns:
+        out (B, h, L, d) and lse (B, h, L), float32.
+
+    Raises:
+        ValueError: a mask of another shape.
+    """
+    _check_key_mask(mask)
+    backend = choose(layout, q.device) if backend is None else backend
+    if backend == "full":
+        return attention_with_lse(q, k, v, mask, scale)
+    if backend == "dense":
+        return attention_with_lse(q, k, v, _dense_mask(layout, mask, q.device), scale)
+    if backend == "flex":
+        out, lse = _flex(q, k, v, layout, mask, scale, return_lse=True)
+        return Partial(out, lse)
+    groups = _gather(q, k, v, layout, mask)
+    image = attention_with_lse(*groups, scale=scale)
+    if not layout.before and not layout.after:
+        return Partial(_scatter(image.out, None, layout), _scatter(image.lse[..., None], None, layout)[..., 0])
+    text = attention_with_lse(_text_of(q, layout), k, v, mask, scale)
+    lse = _scatter(image.lse[..., None], text.lse[..., None], layout)[..., 0]
+    return Partial(_scatter(image.out, text.out, layout), lse)
+
+
+def _check_key_mask(mask: Tensor | None) -> None:
+    if mask is not None and (mask.ndim != 4 or mask.shape[-2] != 1 or mask.shape[-3] != 1):
+        raise ValueError(f"a mask of keys is (B, 1, 1, L), got {tuple(mask.shape)}")
+
+
+def _dense_mask(layout: BlockLayout, mask: Tensor | None, device: torch.device) -> Tensor:
+    """The table and a mask of keys as one mask of tokens."""
+    allowed = layout.token_mask(device)
+    if mask is None:
+        return allowed
+    if mask.dtype == torch.bool:
+        return allowed & mask
+    return torch.zeros_like(allowed, dtype=mask.dtype).masked_fill(~allowed, -torch.inf) + mask
 
 
 def choose(layout: BlockLayout, device: torch.device) -> Backend:
@@ -142,8 +193,16 @@ def sparse_cost(layout: BlockLayout) -> float:
     return sparse / (tokens + text) ** 2
 
 
-def _gather(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, mask: Tensor | None, scale: float | None) -> Tensor:
+class _Groups(NamedTuple):
     """Groups as batch: q (B*G, h, g, d) against the keys of its n groups and the text (B*G, h, n*g + M, d)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+
+
+def _gather(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, mask: Tensor | None) -> _Groups:
     order, image = layout.order, layout.image
     batch, heads = q.shape[:2]
     neighbours = layout.neighbours.to(q.device)
@@ -154,22 +213,25 @@ def _gather(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, mask: Tensor |
     def grouped(x: Tensor) -> Tensor:
         return order.gather(x[:, :, image])  # (B, h, G, g, d)
 
-    def text_of(x: Tensor) -> Tensor:
-        return torch.cat([x[:, :, : image.start], x[:, :, image.stop :]], dim=2)
-
     def keys(x: Tensor) -> Tensor:
         picked = grouped(x)[:, :, safe.flatten()].reshape(batch, heads, count, attended * order.length, -1)
-        text = text_of(x)[:, :, None].expand(-1, -1, count, -1, -1)
-        return torch.cat([picked, text], dim=3).transpose(1, 2).flatten(0, 1)  # (B*G, h, n*g + M, d)
+        text = _text_of(x, layout)[:, :, None].expand(-1, -1, count, -1, -1)
+        return torch.cat([picked, text], dim=3).transpose(1, 2).flatten(0, 1)
 
-    queries = grouped(q).transpose(1, 2).flatten(0, 1)  # (B*G, h, g, d)
-    allowed = _gather_mask(layout, mask, safe, present, batch)
-    out = F.scaled_dot_product_attention(queries, keys(k), keys(v), attn_mask=allowed, scale=scale)
-    out_image = order.scatter(out.unflatten(0, (batch, count)).transpose(1, 2))  # (B, h, N, d)
-    if not layout.before and not layout.after:
-        return out_image
-    out_text = F.scaled_dot_product_attention(text_of(q), k, v, attn_mask=mask, scale=scale)
-    return torch.cat([out_text[:, :, : layout.before], out_image, out_text[:, :, layout.before :]], dim=2)
+    queries = grouped(q).transpose(1, 2).flatten(0, 1)
+    return _Groups(queries, keys(k), keys(v), _gather_mask(layout, mask, safe, present, batch))
+
+
+def _text_of(x: Tensor, layout: BlockLayout) -> Tensor:
+    """Text tokens of (B, h, L, d)."""
+    return torch.cat([x[:, :, : layout.image.start], x[:, :, layout.image.stop :]], dim=2)
+
+
+def _scatter(groups: Tensor, text: Tensor | None, layout: BlockLayout) -> Tensor:
+    """Groups (B*G, h, g, d) and text (B, h, M, d) in the order of the sequence (B, h, L, d)."""
+    count = layout.order.count
+    image = layout.order.scatter(groups.unflatten(0, (len(groups) // count, count)).transpose(1, 2))
+    return image if text is None else torch.cat([text[:, :, : layout.before], image, text[:, :, layout.before :]], 2)
 
 
 def _gather_mask(layout: BlockLayout, mask: Tensor | None, safe: Tensor, present: Tensor, batch: int) -> Tensor | None:
@@ -192,11 +254,19 @@ def _gather_mask(layout: BlockLayout, mask: Tensor | None, safe: Tensor, present
 
 
 @lru_cache(maxsize=1)
-def _compiled_flex() -> Callable[..., Tensor]:
-    return torch.compile(flex.flex_attention, dynamic=False)  # type: ignore[return-value]
+def _compiled_flex() -> Callable[..., Any]:
+    return torch.compile(flex.flex_attention, dynamic=False)
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, mask: Tensor | None, scale: float | None) -> Tensor:
+def _flex(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BlockLayout,
+    mask: Tensor | None,
+    scale: float | None,
+    return_lse: bool = False,
+) -> Any:
     """Image tokens in their order, text behind them: only the tiles at the text's border are partly filled."""
     order, image = layout.order, layout.image
     index = order.index.to(q.device)
@@ -204,14 +274,17 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, mask: Tensor | N
     def ordered(x: Tensor) -> Tensor:
         return torch.cat([x[:, :, image][:, :, index], x[:, :, : image.start], x[:, :, image.stop :]], dim=2)
 
+    def back(x: Tensor) -> Tensor:
+        text, tokens = x[:, :, len(index) :], x[:, :, : len(index)][:, :, order.inverse.to(q.device)]
+        return torch.cat([text[:, :, : layout.before], tokens, text[:, :, layout.before :]], dim=2)
+
     if mask is not None:
         raise ValueError("the flex path takes no mask of keys; cut padded text off, or choose gather")
     blocks = flex_mask(layout, q.device)
-    out = _compiled_flex()(ordered(q), ordered(k), ordered(v), block_mask=blocks, scale=scale)
-    length = len(index)
-    text = out[:, :, length:]
-    back = out[:, :, :length][:, :, order.inverse.to(q.device)]
-    return torch.cat([text[:, :, : layout.before], back, text[:, :, layout.before :]], dim=2)
+    if not return_lse:
+        return back(_compiled_flex()(ordered(q), ordered(k), ordered(v), block_mask=blocks, scale=scale))
+    out, lse = _compiled_flex()(ordered(q), ordered(k), ordered(v), block_mask=blocks, scale=scale, return_lse=True)
+    return back(out), back(lse)
 
 
 def flex_mask(layout: BlockLayout, device: torch.device) -> flex.BlockMask:

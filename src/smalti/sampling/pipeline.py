@@ -1,19 +1,22 @@
-"""From prompts to pictures: a diffusers pipeline around any of our backbones.
+"""From prompts to pictures or clips: a diffusers pipeline around any of our backbones.
 
 Saved are transformer, autoencoder and scheduler; the text encoder is named in the configuration and built when a prompt
 comes, so a saved model stays small. Noise is drawn on the CPU, with one generator for each picture if so given: a
 picture depends on its seed, not on its batch or device. The schedule is even in t and shifted towards noise by
-`default_shift`, more for more tokens than the default size has (`sampling.shift`).
+`default_shift`, more for more tokens than the default size has (`sampling.shift`). A clip is drawn whole, its frames as
+one more axis of the latents; the autoencoder of pictures decodes them one by one.
 """
 
 import importlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.loaders.lora_pipeline import Mochi1LoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
 
@@ -39,6 +42,13 @@ TEXT_ENCODERS = {"minilm": MiniLMEncoder}
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 
 
+@dataclass
+class ClipPipelineOutput(BaseOutput):
+    """Clips: lists of pictures, or tensors and arrays as asked for."""
+
+    frames: Any
+
+
 # The mixin is diffusers' only LoRA loader that assumes nothing but a component named `transformer`.
 class TextToImagePipeline(DiffusionPipeline, Mochi1LoraLoaderMixin):
     """Draws pictures from prompts, labels or nothing, as the transformer was trained.
@@ -51,6 +61,7 @@ class TextToImagePipeline(DiffusionPipeline, Mochi1LoraLoaderMixin):
         text_length: tokens a prompt is padded or cut to.
         styles: names of the model's labels by index.
         size: default height and width in pixels.
+        frames: of a clip; 0 = the model draws pictures.
         default_steps, default_guidance: used where a call does not say.
         default_shift: shift of the schedule at the default size.
 
@@ -70,6 +81,7 @@ class TextToImagePipeline(DiffusionPipeline, Mochi1LoraLoaderMixin):
         text_length: int = 20,
         styles: list[str] | None = None,
         size: int = 64,
+        frames: int = 0,
         default_steps: int = 28,
         default_guidance: float = 3.0,
         default_shift: float = 1.0,
@@ -89,6 +101,7 @@ class TextToImagePipeline(DiffusionPipeline, Mochi1LoraLoaderMixin):
             text_length=text_length,
             styles=styles,
             size=size,
+            frames=frames,
             default_steps=default_steps,
             default_guidance=default_guidance,
             default_shift=default_shift,
@@ -148,8 +161,8 @@ class TextToImagePipeline(DiffusionPipeline, Mochi1LoraLoaderMixin):
         callback_on_step_end: Callable[..., dict | None] | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
         return_dict: bool = True,
-    ) -> ImagePipelineOutput | tuple:
-        """Draws pictures.
+    ) -> ImagePipelineOutput | ClipPipelineOutput | tuple:
+        """Draws pictures, or clips with a model of clips.
 
         Args:
             prompt: one or many prompts, each a string or a list of segments; for a model of labels a name or index.
@@ -160,12 +173,13 @@ class TextToImagePipeline(DiffusionPipeline, Mochi1LoraLoaderMixin):
             height, width: in pixels, multiples of factor * patch; None = the default size.
             num_images_per_prompt: pictures of each prompt.
             generator: one, or one for each picture, on the CPU; None = torch's default one.
-            latents: noise (B, C, h, w) to begin with instead of a draw.
+            latents: noise (B, C, h, w), of clips (B, C, F, h, w), to begin with instead of a draw.
             shift: shift of the schedule; None = the default, scaled to the number of tokens.
-            output_type: "pil", "pt" (B, 3, H, W) or "np" (B, H, W, 3) in [0, 1], or "latent" (B, C, h, w).
+            output_type: "pil", "pt" (B, 3, H, W) or "np" (B, H, W, 3) in [0, 1], or "latent" (B, C, h, w); of clips
+                lists of pictures, (B, F, 3, H, W), (B, F, H, W, 3) or (B, C, F, h, w).
             callback_on_step_end: called as `(pipe, step, timestep, tensors)`; "latents" in what it returns go on.
             callback_on_step_end_tensor_inputs: names of tensors it wants: "latents", "denoised".
-            return_dict: whether to return `ImagePipelineOutput` or a tuple.
+            return_dict: whether to return `ImagePipelineOutput` (`ClipPipelineOutput`) or a tuple.
 
         Raises:
             UserError: something asked for is not possible; the message says what is.
@@ -188,7 +202,7 @@ class TextToImagePipeline(DiffusionPipeline, Mochi1LoraLoaderMixin):
         self._interrupt = False
         final = sample(
             self.transformer,
-            self._noise(latents, (len(request.prompts), self.autoencoder.config["latent_channels"], *grid), generator),
+            self._noise(latents, (len(request.prompts), *self._sample_shape(grid)), generator),
             schedule,
             solver,
             cond=conditions.cond.to(device),
@@ -201,7 +215,14 @@ class TextToImagePipeline(DiffusionPipeline, Mochi1LoraLoaderMixin):
         )
         images = self._output(final, output_type)
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        if not return_dict:
+            return (images,)
+        return ClipPipelineOutput(frames=images) if self.config["frames"] else ImagePipelineOutput(images=images)
+
+    def _sample_shape(self, grid: tuple[int, int]) -> tuple[int, ...]:
+        """(C, h, w), or (C, F, h, w) of a model of clips."""
+        frames = self.config["frames"]
+        return (self.autoencoder.config["latent_channels"], *((frames,) if frames else ()), *grid)
 
     def _grid(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Height and width in latents."""
@@ -257,14 +278,17 @@ class TextToImagePipeline(DiffusionPipeline, Mochi1LoraLoaderMixin):
     def _output(self, state: SolverState, output_type: str) -> Any:
         if output_type == "latent":
             return state.x
-        pixels = self.autoencoder.decode(Latents(state.x.to(self.autoencoder.dtype)))
-        pixels = (pixels.float() / 2 + 0.5).clamp(0, 1)
-        if output_type == "pt":
-            return pixels
+        latents, frames = state.x.to(self.autoencoder.dtype), self.config["frames"]
+        if frames:
+            latents = latents.transpose(1, 2).flatten(0, 1)  # (B*F, C, h, w)
+        pixels = (self.autoencoder.decode(Latents(latents)).float() / 2 + 0.5).clamp(0, 1)
         array = pixels.permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
+        if output_type == "pil":
+            pictures = [Image.fromarray(picture) for picture in (array * 255).round().astype("uint8")]
+            return [pictures[i : i + frames] for i in range(0, len(pictures), frames)] if frames else pictures
         if output_type == "np":
-            return array
-        return [Image.fromarray(picture) for picture in (array * 255).round().astype("uint8")]
+            return array.reshape(-1, frames, *array.shape[1:]) if frames else array
+        return pixels.unflatten(0, (-1, frames)) if frames else pixels
 
 
 def _check_generators(generator: Generators | None, pictures: int) -> Generators:

@@ -7,18 +7,19 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from smalti.core.errors import Refusal, UserError
-from smalti.core.method import Method
+from smalti.core.method import Bundle, Method
 from smalti.seams.anatomy import find_stacks, read_anatomy, time_argument
 from smalti.seams.handle import Handle, sites_of
 from smalti.seams.wrapping import is_compiled
 
 
-def apply(target: Any, *methods: Method) -> Handle:
+def apply(target: Any, *methods: Method | Bundle) -> Handle:
     """Lets methods act on every denoiser of a pipeline, or on one model, until the handle is removed.
 
     Args:
         target: a diffusers pipeline, or a transformer (ours, diffusers', or one built alike).
-        methods: where several act at one seam, their own `order` decides which is outermost, then the given order.
+        methods: where several act at one seam, their own `order` decides which is outermost, then the given order; a
+            plan stands for the methods that it names.
 
     Returns:
         A handle, which is also a context manager.
@@ -33,20 +34,26 @@ def apply(target: Any, *methods: Method) -> Handle:
     """
     if not methods:
         raise UserError("got no method to apply; give at least one, such as TaylorSeer(interval=4)")
+    bundles = [one for one in methods if isinstance(one, Bundle)]
+    given: list[Method] = []
     for method in methods:
-        if not isinstance(method, Method):
+        if isinstance(method, Bundle):
+            given += method.methods_for(target)
+        elif isinstance(method, Method):
+            given.append(method)
+        else:
             raise UserError(f"got {method!r}, which is no method; give an object such as TaylorSeer(interval=4)")
-    for one, other in combinations(methods, 2):
+    for one, other in combinations(given, 2):
         reason = one.refuses(other) or other.refuses(one)
         if reason:
             raise Refusal(f"{one} and {other} cannot act together: {reason}; apply one of them")
     anatomies = [read_anatomy(model) for model in denoisers(target)]
     for anatomy in anatomies:
-        for method in methods:
+        for method in given:
             if not sites_of(method, anatomy):
                 raise Refusal(f"{type(anatomy.model).__name__} has no site at which {method} acts")
             method.check(anatomy.reading)
-    return Handle(target, anatomies, tuple(sorted(methods, key=lambda method: method.order)))
+    return Handle(target, anatomies, tuple(sorted(given, key=lambda method: method.order)), bundles)
 
 
 def denoisers(target: Any) -> list[nn.Module]:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -26,9 +27,12 @@ from smalti.core.method import (
     SublayerMethod,
 )  # fmt: skip
 from smalti.core.protocols import TokenLayout
+from smalti.core.tokens import TokenMemory, TokensCall, TokensMethod
 from smalti.seams.anatomy import Block, Sublayer
 from smalti.seams.frame import Attention, Forward, Frame, entered, inside
+from smalti.seams.image_tokens import ImageTokens, read_image_tokens, stacked
 from smalti.seams.layout import Layouts, core_name
+from smalti.seams.token_rows import TokenRows, refusing
 from smalti.seams.wrapping import is_outermost
 
 
@@ -73,8 +77,10 @@ class MethodFrame(Frame):
         model: the transformer.
         acting: the methods with their states, outermost first.
         moment: where in the run the call is.
-        layouts: of the tokens, if a method acts on attention cores or blocks.
+        layouts: of the tokens, if a method acts on attention cores, blocks or tokens.
         shapes: what modules returned in this run, by module; filled here.
+        sample: the noisy sample of the call.
+        watch: sees the raw output of every attention core, before its projection.
     """
 
     def __init__(
@@ -84,36 +90,84 @@ class MethodFrame(Frame):
         moment: Moment,
         layouts: Layouts | None,
         shapes: dict[nn.Module, Shape],
+        sample: Any = None,
+        watch: Callable[[Site, Tensor], None] | None = None,
     ):
-        self.model, self.moment, self.layouts, self.shapes = model, moment, layouts, shapes
+        self.model, self.moment, self.layouts, self.shapes, self.sample = model, moment, layouts, shapes, sample
+        self.acting, self.watch = acting, watch
         self.steps = [one for one in acting if isinstance(one.method, StepMethod)]
         self.blocks = [one for one in acting if isinstance(one.method, BlockMethod)]
         self.sublayers = [one for one in acting if isinstance(one.method, SublayerMethod)]
         self.cores = [one for one in acting if isinstance(one.method, CoreMethod)]
+        self.tokens = [one for one in acting if isinstance(one.method, TokensMethod)]
+        self.rows: TokenRows | None = None
         self.tally = Tally()
         self.occurrences: Counter[Site] = Counter()
         self.core_calls: Counter[Site] = Counter()
         self.decisions: dict[Site, Decision | None] = {}
 
     def run(self, forward: Forward, args: tuple, kwargs: dict) -> Any:
-        """The model call, through all step methods."""
+        """The model call, through all step methods and the one that chooses tokens."""
 
         def plain() -> Outputs:
+            for counted in (self.occurrences, self.core_calls, self.decisions):
+                counted.clear()  # a step method may run the model again: its sites are the same
             with entered(self):
                 leaves, spec = pytree.tree_flatten(forward(*args, **kwargs))
             self.shapes[self.model] = Shape(spec, ())
             return tuple(leaves)
 
         call = plain
+        for one in self.tokens:
+            call = partial(self._tokens, one, call)
         for one in reversed(self.steps):
             call = partial(self._step, one, call)
         return pytree.tree_unflatten(list(call()), self.shapes[self.model].spec)
+
+    def again(self) -> "MethodFrame":
+        """For a part of this call that is computed once more, by gradient checkpointing; nothing is watched then."""
+        return MethodFrame(self.model, self.acting, self.moment, self.layouts, {})
 
     def _step(self, one: Acting, run: Callable[[], Outputs]) -> Outputs:
         assert isinstance(one.method, StepMethod)
         return one.method.at_step(one.state, StepCall(self.moment, run, self._note(one)))
 
+    def _tokens(self, one: Acting, run: Callable[[], Outputs]) -> Outputs:
+        assert isinstance(one.method, TokensMethod)
+        assert self.layouts is not None
+        tokens, outputs = read_image_tokens(type(self.model).__name__, self.layouts, self.sample), []
+
+        def run_rows(active: Tensor | None, memory: TokenMemory | None) -> Tensor:
+            outputs[:] = self._run_rows(run, tokens, active, memory)
+            return tokens.prediction(outputs)
+
+        call = TokensCall(
+            self.moment, stacked(self.sample), tokens.count, run_rows, tokens.places.to_tokens,
+            tokens.places.from_tokens, self._note(one),
+        )  # fmt: skip
+        return tokens.with_prediction(outputs, one.method.at_tokens(one.state, call))
+
+    def _run_rows(
+        self, run: Callable[[], Outputs], tokens: ImageTokens, active: Tensor | None, memory: TokenMemory | None
+    ) -> Outputs:
+        """The model call with some tokens, or with all and a memory to fill."""
+        if memory is None:
+            return run()
+        assert self.layouts is not None
+        name = type(self.model).__name__
+        self.rows = TokenRows(name, self.layouts, tokens, active, memory)
+        try:
+            with nullcontext() if active is None else refusing(name):
+                return run()
+        finally:
+            self.rows.finish()
+            self.rows = None
+
     def at_block(self, block: Block, forward: Forward, args: tuple, kwargs: dict) -> Any:
+        if self.rows is not None:
+            for one in self.tokens:
+                self._reach(one, block.site)
+            return self.rows.at_block(block, forward, args, kwargs)
         if not self.blocks:
             return forward(*args, **kwargs)
         assert self.layouts is not None
@@ -182,6 +236,15 @@ class MethodFrame(Frame):
         return output
 
     def at_core(self, sublayer: Sublayer, attention: Attention) -> Tensor:
+        out = self._through_cores(sublayer, attention)
+        if self.watch is not None:
+            self.watch(sublayer.site, out)
+        return out
+
+    def _through_cores(self, sublayer: Sublayer, attention: Attention) -> Tensor:
+        if self.rows is not None:
+            with inside(self, None):
+                return self.rows.at_core(sublayer, attention)
         q, k, v, attend = attention.q, attention.k, attention.v, attention.attend
         if not self.cores or self.layouts is None:
             return attend(q, k, v, attention.mask)
@@ -194,7 +257,8 @@ class MethodFrame(Frame):
         site = replace(sublayer.site, occurrence=call)
         for one in reversed(self.cores):
             attend = partial(self._core, one, site, attention.scale, layout, key_layout, attend)
-        return attend(q, k, v, attention.mask)
+        with inside(self, None):  # attention that a method computes is no further call of this module
+            return attend(q, k, v, attention.mask)
 
     def _core(
         self,

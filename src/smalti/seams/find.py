@@ -3,7 +3,9 @@
 import inspect
 import re
 from collections.abc import Iterator
+from dataclasses import fields
 from types import ModuleType
+from typing import Any
 
 from smalti.core.discovery import load_member, members
 from smalti.core.errors import unknown_name
@@ -54,3 +56,18 @@ def make_method(words: str) -> Method:
     slug, _, settings = words.partition(":")
     pairs = [pair for pair in re.split(r",(?![^\[]*\])", settings) if pair]  # commas inside brackets stay
     return override(load_method(slug)(), pairs)
+
+
+def words_of(method: Method) -> str:
+    """A method as `make_method` reads it: its slug, and what differs from its defaults."""
+    slug = type(method).__module__.rpartition(".")[2].replace("_", "-")
+    changed = [
+        f"{one.name}={_word(getattr(method, one.name))}"
+        for one in fields(method)  # type: ignore[arg-type]  # methods are dataclasses
+        if getattr(method, one.name) != one.default
+    ]
+    return f"{slug}:{','.join(changed)}" if changed else slug
+
+
+def _word(value: Any) -> str:
+    return f"[{','.join(map(str, value))}]" if isinstance(value, tuple) else str(value)

@@ -3,7 +3,7 @@
 import inspect
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,7 +13,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 from smalti.core.errors import NeverEngaged, Refusal
-from smalti.core.method import BlockMethod, CoreMethod, Method, Moment, StepMethod, SublayerMethod
+from smalti.core.method import BlockMethod, Bundle, CoreMethod, Method, Moment, StepMethod, SublayerMethod
+from smalti.core.tokens import TokensMethod
 from smalti.seams.anatomy import Anatomy
 from smalti.seams.attach import Undo, attach, check_attached
 from smalti.seams.engine import Acting, MethodFrame
@@ -23,6 +24,8 @@ from smalti.seams.report import MethodReport, Report
 from smalti.seams.run import Run, Runs, condition_of, planned_steps, said, signature_of, time_of
 from smalti.seams.wrapping import wrap, wrap_call
 
+INSIDE = (BlockMethod, SublayerMethod, CoreMethod, TokensMethod)
+"""Methods for which the modules of a model are wrapped."""
 _carrying: "dict[int, Handle]" = {}
 _lock = threading.RLock()
 
@@ -55,11 +58,13 @@ class Handle:
     `lane`, `branch` and `run` say what the calls of a model do not tell.
     """
 
-    def __init__(self, target: Any, anatomies: list[Anatomy], methods: tuple[Method, ...]):
-        self.methods = methods
+    def __init__(
+        self, target: Any, anatomies: list[Anatomy], methods: tuple[Method, ...], bundles: Sequence[Bundle] = ()
+    ):
+        self.methods, self._bundles = methods, bundles
         self._runs, self._counts = Runs(), _Counts()
         self._attached = [_Attached(anatomy, inspect.signature(anatomy.model.forward)) for anatomy in anatomies]
-        self._reads_layouts = any(isinstance(method, (CoreMethod, BlockMethod)) for method in methods)
+        self._reads_layouts = any(isinstance(method, (CoreMethod, BlockMethod, TokensMethod)) for method in methods)
         self._undo: list[Undo] = []
         self._claim_models()
         try:
@@ -139,7 +144,7 @@ class Handle:
             _carrying.update({id(attached.anatomy.model): self for attached in self._attached})
 
     def _attach_all(self, target: Any) -> None:
-        is_inside = any(isinstance(method, (BlockMethod, SublayerMethod, CoreMethod)) for method in self.methods)
+        is_inside = any(isinstance(method, INSIDE) for method in self.methods)
         for index, attached in enumerate(self._attached):
             model = attached.anatomy.model
             if is_inside:
@@ -163,9 +168,12 @@ class Handle:
                 raise Refusal(f"{refusing[0]} takes no gradients; call {name} under torch.no_grad(), or take it off")
         arguments = attached.signature.bind(*args, **kwargs).arguments
         run, moment = self._place(index, arguments)
+        if moment.evaluation == 0:
+            for bundle in self._bundles:
+                bundle.check_run(moment, shape_of(arguments.get(attached.anatomy.sample)))
         frame = MethodFrame(
             attached.anatomy.model, self._acting(run, index, moment.branch), moment,
-            self._layouts(attached, forward, arguments), run.shapes,
+            self._layouts(attached, forward, arguments), run.shapes, arguments.get(attached.anatomy.sample),
         )  # fmt: skip
         output = frame.run(forward, args, kwargs)
         with _lock:
@@ -269,11 +277,16 @@ class Handle:
         return MethodReport(str(method), events, len(hooked), left_off, self._counts.kept[index])
 
 
+def shape_of(sample: Any) -> tuple[int, ...]:
+    """Of the noisy sample; of a list of them its length alone."""
+    return tuple(sample.shape) if isinstance(sample, torch.Tensor) else (len(sample),) if sample else ()
+
+
 def sites_of(method: Method, anatomy: Anatomy) -> list[Any]:
     """The sites of a model at which a method acts."""
     sites: list[Any] = []
     for block in anatomy.blocks:
-        sites += [block.site] if isinstance(method, BlockMethod) else []
+        sites += [block.site] if isinstance(method, (BlockMethod, TokensMethod)) else []
         sites += [one.site for one in block.sublayers] if isinstance(method, SublayerMethod) else []
         sites += [one.site for one in block.attentions] if isinstance(method, CoreMethod) else []
     return list(dict.fromkeys(sites)) or (["the model"] if isinstance(method, StepMethod) else [])

@@ -33,6 +33,8 @@ class BlockStreams:
         inputs: stream by position (int) or name (str) of the argument.
         outputs: stream of each output, None for one that is no stream.
         is_tuple: whether the block returns a tuple.
+        memory: arguments that hold text but do not come back.
+        rows: segments of every stream, by its argument.
         fault: why no method can act on these streams; empty if one can.
     """
 
@@ -40,6 +42,8 @@ class BlockStreams:
     outputs: tuple[str | None, ...]
     is_tuple: bool
     fault: str = ""
+    memory: frozenset[int | str] = frozenset()
+    rows: Mapping[int | str, TokenLayout] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -51,11 +55,13 @@ class Layouts:
             same attention has the name of the attention and "#1" (see `core_name`).
         keys: segments of its keys.
         streams: of the blocks, by stack.
+        proven: kinds of blocks that were found to compute the same when only some of their tokens run.
     """
 
     queries: Mapping[tuple[str, str], TokenLayout]
     keys: Mapping[tuple[str, str], TokenLayout]
     streams: Mapping[str, BlockStreams]
+    proven: set[Any] = field(default_factory=set)
 
 
 @dataclass
@@ -153,7 +159,7 @@ def read_layouts(anatomy: Anatomy, forward: Forward, arguments: Mapping[str, Any
     return Layouts(
         queries={key: layout(lambda seen, key=key: seen.queries[key]) for key in plain.queries},
         keys={key: layout(lambda seen, key=key: seen.keys[key]) for key in plain.keys},
-        streams={stack: _streams(stack, plain, kinds) for stack in plain.outputs},
+        streams={stack: _streams(stack, plain, kinds, layout) for stack in plain.outputs},
     )
 
 
@@ -170,7 +176,12 @@ def shapes_of(value: Any) -> Any:
     return value if isinstance(value, (int, str)) else None
 
 
-def _streams(stack: str, plain: _Seen, kinds: Callable[[Callable[[_Seen], Any]], list[str]]) -> BlockStreams:
+def _streams(
+    stack: str,
+    plain: _Seen,
+    kinds: Callable[[Callable[[_Seen], Any]], list[str]],
+    layout: Callable[[Callable[[_Seen], Tensor]], TokenLayout],
+) -> BlockStreams:
     """Streams are those inputs that come back: of the same kind and shape as an output."""
 
     def stream(pick: Callable[[_Seen], Any]) -> str:
@@ -183,13 +194,12 @@ def _streams(stack: str, plain: _Seen, kinds: Callable[[Callable[[_Seen], Any]],
         for index, one in enumerate(_as_tuple(given))
     )
     back = {(kind, one.shape) for kind, one in zip(outputs, _as_tuple(given), strict=True) if kind is not None}
-    kept = {}
-    for name, one in plain.inputs[stack].items():
-        kind = stream(lambda seen, name=name: seen.inputs[stack][name])
-        if (kind, one.shape) in back:
-            kept[name] = kind
+    given_kinds = {name: stream(lambda seen, name=name: seen.inputs[stack][name]) for name in plain.inputs[stack]}
+    kept = {name: kind for name, kind in given_kinds.items() if (kind, plain.inputs[stack][name].shape) in back}
+    memory = frozenset(name for name, kind in given_kinds.items() if kind == "text" and name not in kept)
+    rows = {name: layout(lambda seen, name=name: seen.inputs[stack][name]) for name in kept}
     outputs = tuple(kind if kind in kept.values() else None for kind in outputs)
-    return BlockStreams(kept, outputs, isinstance(given, tuple), _fault(stack, kept, outputs, plain))
+    return BlockStreams(kept, outputs, isinstance(given, tuple), _fault(stack, kept, outputs, plain), memory, rows)
 
 
 def _fault(stack: str, kept: Mapping[int | str, str], outputs: tuple[str | None, ...], plain: _Seen) -> str:

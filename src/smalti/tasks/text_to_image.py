@@ -1,4 +1,4 @@
-"""Prompts to pictures on disk: checks first, then the work, then whole files."""
+"""Prompts to pictures on disk: checks first, then the work, then whole files. Clips are PNG files that move (APNG)."""
 
 import json
 import os
@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from smalti.acceleration.plan import Plan
 from smalti.core.errors import UserError, unknown_name
 from smalti.core.files import atomic_file, check_creatable
 from smalti.core.seeds import check_seed, generators_for
+from smalti.evaluation.pipe_calls import read_size
 from smalti.evaluation.sheet import sheet
 from smalti.sampling.pipeline import TextToImagePipeline
 from smalti.sampling.schedulers import make_scheduler
@@ -26,6 +27,10 @@ from smalti.zoo.loader import load_model
 BATCH = 16
 PNG_KEY = "smalti"
 SHEET_SIDE = 128
+FRAME_SECONDS = 3  # of a whole clip
+
+Drawn = Image.Image | list[Image.Image]
+"""A picture, or the frames of a clip."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class Request:
         style: drawing style or label; "all" draws each; the model's first if None.
         size: pixels, "64" or "64x96" (height x width); the model's own if None.
         solver: euler, heun, dpm++, unipc or sde.
-        methods: training-free methods that act while drawing, such as "taylorseer:interval=4".
+        methods: training-free methods that act while drawing, such as "taylorseer:interval=4", or files of plans.
 
     Raises:
         UserError: a value is out of range.
@@ -95,8 +100,8 @@ def draw(request: Request) -> dict[str, Any]:
         UserError: unknown model or style, no prompt, a size that does not fit, a place that cannot be written.
     """
     check_creatable(request.out)
-    height, width = _size(request.size)
-    methods = [make_method(words) for words in request.methods]
+    sides = read_size(request.size or "")
+    methods = [Plan.load(words) if words.endswith(".json") else make_method(words) for words in request.methods]
     scheduler = make_scheduler(request.solver)
     pipe = load_model(request.model, "cuda" if torch.cuda.is_available() else "cpu")
     pipe.register_modules(scheduler=scheduler)
@@ -108,14 +113,15 @@ def draw(request: Request) -> dict[str, Any]:
     started = time.perf_counter()
     with ExitStack() as stack:
         handle = stack.enter_context(apply(pipe, *methods)) if methods else None
-        images = _draw(pipe, request, wanted, height, width)
+        images = _draw(pipe, request, wanted, sides)
     seconds = time.perf_counter() - started
+    first = _first(images[0])
     settings = {
         "model": request.model,
         "steps": request.steps,
         "solver": request.solver,
         "guidance": pipe.config["default_guidance"] if request.guidance is None else request.guidance,
-        "size": [images[0].height, images[0].width],
+        "size": [first.height, first.width],
         **({"methods": [str(method) for method in methods]} if methods else {}),
     }
     _write(request.out, files, wanted, images, settings)
@@ -128,23 +134,19 @@ def draw(request: Request) -> dict[str, Any]:
     }
 
 
-def _draw(
-    pipe: TextToImagePipeline, request: Request, wanted: list[_Picture], height: int | None, width: int | None
-) -> list[Image.Image]:
-    images: list[Image.Image] = []
+def _draw(pipe: TextToImagePipeline, request: Request, wanted: list[_Picture], sides: dict[str, Any]) -> list[Drawn]:
+    images: list[Drawn] = []
     for start in range(0, len(wanted), BATCH):
         part = wanted[start : start + BATCH]
-        drawn = pipe(
+        images += pipe(
             [picture.prompt for picture in part],
             style=[picture.style for picture in part],
             num_inference_steps=request.steps,
             guidance_scale=request.guidance,
-            height=height,
-            width=width,
+            **sides,
             generator=generators_for([picture.seed for picture in part]),
-        )
-        assert isinstance(drawn, ImagePipelineOutput)
-        images += drawn.images
+            return_dict=False,
+        )[0]
     return images
 
 
@@ -174,15 +176,6 @@ def _pictures(request: Request, pipe: TextToImagePipeline) -> list[_Picture]:
     return [_Picture(prompt, style, seed) for prompt in prompts for style in chosen for seed in seeds]
 
 
-def _size(text: str | None) -> tuple[int | None, int | None]:
-    if text is None:
-        return None, None
-    parts = text.lower().split("x")
-    if len(parts) > 2 or not all(part.isascii() and part.isdigit() for part in parts):
-        raise UserError(f"size {text!r} is not understood; write pixels such as 64, or height x width such as 64x96")
-    return int(parts[0]), int(parts[-1])
-
-
 def _files(out: Path, count: int) -> list[Path]:
     """The file of each picture: `out` itself for a single one, else numbered ones beside it."""
     if count == 1:
@@ -191,24 +184,32 @@ def _files(out: Path, count: int) -> list[Path]:
     return [out.with_name(f"{out.stem}-{index + 1:0{digits}}.png") for index in range(count)]
 
 
-def _write(
-    out: Path, files: list[Path], wanted: list[_Picture], images: list[Image.Image], settings: dict[str, Any]
-) -> None:
+def _write(out: Path, files: list[Path], wanted: list[_Picture], images: list[Drawn], settings: dict[str, Any]) -> None:
     """All files or none: each is complete beside its place before the first takes it."""
     with ExitStack() as whole:
         for file, picture, image in zip(files, wanted, images, strict=True):
             _save(whole.enter_context(atomic_file(file)), image, settings | asdict(picture))
         if len(images) > 1:
-            scale = max(1, SHEET_SIDE // images[0].height)
-            labelled = sheet(images, [picture.label for picture in wanted], scale=scale)
+            firsts = [_first(image) for image in images]
+            scale = max(1, SHEET_SIDE // firsts[0].height)
+            labelled = sheet(firsts, [picture.label for picture in wanted], scale=scale)
             _save(whole.enter_context(atomic_file(out)), labelled, settings)
 
 
-def _save(path: Path, image: Image.Image, settings: dict[str, Any]) -> None:
+def _first(image: Drawn) -> Image.Image:
+    """A picture, or a clip's first frame."""
+    return image[0] if isinstance(image, list) else image
+
+
+def _save(path: Path, image: Drawn, settings: dict[str, Any]) -> None:
     """A PNG with its settings in its metadata; the same settings give the same bytes."""
     metadata = PngInfo()
     metadata.add_text(PNG_KEY, json.dumps(settings, ensure_ascii=True))
     with path.open("wb") as file:
-        image.save(file, format="PNG", pnginfo=metadata)
+        if isinstance(image, list):
+            moving = {"save_all": True, "append_images": image[1:], "loop": 0}
+            image[0].save(file, "PNG", pnginfo=metadata, duration=1000 * FRAME_SECONDS // len(image), **moving)
+        else:
+            image.save(file, "PNG", pnginfo=metadata)
         file.flush()
         os.fsync(file.fileno())  # a full disk shows here, before any file takes its place

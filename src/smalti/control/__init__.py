@@ -1,0 +1,1 @@
+"""What steers a diffusion transformer that is already trained."""

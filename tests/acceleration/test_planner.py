@@ -1,0 +1,111 @@
+"""The planner: what it tries, what it prefers, what it says when a target cannot be met."""
+
+import json
+import math
+
+import pytest
+
+from smalti.acceleration.planner import front_of, neighbours, plan
+from smalti.acceleration.taylorseer import TaylorSeer
+from smalti.core.errors import UserError
+from smalti.evaluation.ways import Bench, Trial, Way, psnr
+from smalti.zoo.loader import load_model
+
+PROMPTS = [{"prompt": f"{thing} on a boat", "style": "round"} for thing in ("dog", "cat", "sun", "car", "tree", "egg")]
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_models):
+    return load_model(tiny_models["text"])
+
+
+def test_the_plan_is_measured_on_prompts_that_the_search_never_saw(pipe, tmp_path, monkeypatch):
+    seen = []
+    measure = Bench._measure
+
+    def watched(self, way, count):
+        seen.append((way, [call["prompt"] for call in self.calls]))
+        return measure(self, way, count)
+
+    monkeypatch.setattr(Bench, "_measure", watched)
+    keep = tmp_path / "keep.json"
+    found = plan(pipe, PROMPTS, speedup=1.5, steps=12, minutes=0.2, keep=keep)
+    assert found.model == "MMDiT"
+    assert found.sample == (16, 8, 8)
+    assert {"speedup", "distance", "psnr"} == set(found.measured)
+    names = [one["way"] for one in found.alternatives]
+    assert any(name.endswith(" steps") for name in names)
+    assert any(name.endswith("dpm++") for name in names)
+    assert any("guided" in name for name in names)
+    searched = {prompt for way, prompts in seen[:5] for prompt in prompts}
+    judged = set(seen[-1][1])
+    assert len(searched) == len(judged) == 3
+    assert not searched & judged
+    assert {type(method) for way, _ in seen for method in way.methods} >= {TaylorSeer}
+    known = json.loads(keep.read_text())["known"]
+    assert len(known) >= 5
+    seen.clear()
+    plan(pipe, PROMPTS, speedup=1.5, steps=12, minutes=0.01, keep=keep)
+    assert not [way for way, prompts in seen if set(prompts) == searched and f"{way.name} | 3" in known]
+
+
+def test_a_target_out_of_reach_is_said(pipe):
+    found = plan(pipe, PROMPTS, speedup=500.0, steps=4, minutes=0.05)
+    assert not found.is_met
+    assert any("few" in note for note in found.notes)
+
+
+def test_a_distance_is_a_target_too(pipe):
+    found = plan(pipe, PROMPTS, psnr=5.0, steps=12, minutes=0.1)
+    assert found.is_met == (found.measured["psnr"] >= 5.0)
+    assert found.target == {"psnr": 5.0}
+
+
+def test_the_front_holds_what_nothing_beats():
+    def trial(speedup, distance):
+        return Trial(Way(), speedup, distance)
+
+    trials = {str(one): one for one in (trial(1, 0.1), trial(2, 0.2), trial(2, 0.15), trial(3, 0.5), trial(1.5, 0.3))}
+    assert [(one.speedup, one.distance) for one in front_of(trials)] == [(1, 0.1), (2, 0.15), (3, 0.5)]
+
+
+def test_neighbours_differ_in_one_number():
+    start = Way((TaylorSeer(full_at=(0, 2, 5, 9)),), 12)
+    moved = [way.methods[0] for way in neighbours(start)]
+    assert {one.full_at for one in moved} >= {(0, 1, 5, 9), (0, 3, 5, 9), (0, 2, 4, 9), (0, 2, 5, 10)}
+    assert {one.order for one in moved} == {0, 1, 2}
+    assert all(sum(value != vars(start.methods[0])[name] for name, value in vars(one).items()) == 1 for one in moved)
+
+
+def test_the_plain_way_is_at_no_distance_and_memory_can_be_bounded(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    calls = [{**call, "seed": seed} for seed, call in enumerate(PROMPTS)]
+    bench = Bench(pipe, calls, Way(steps=6), with_pictures=True)
+    plain = bench.measure(Way(steps=6), 2)
+    assert (plain.distance, plain.psnr) == (0.0, 100.0)
+    taylor = Way((TaylorSeer(full_at=(0, 1, 3)),), 6)
+    assert bench.measure(taylor, 2).distance > 0
+    assert Bench(pipe, calls, Way(steps=6), kept_limit=10).measure(taylor, 2) is None
+    stacked = Bench(pipe, calls, Way(steps=6), batch=2)
+    assert stacked.measure(taylor, 4).distance == pytest.approx(bench.measure(taylor, 4).distance, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "target", "reason"),
+    [
+        (PROMPTS, {}, "one target"),
+        (PROMPTS, {"speedup": 2.0, "psnr": 30.0}, "one target"),
+        (PROMPTS, {"speedup": 1.0}, "above 1"),
+        (PROMPTS[:3], {"speedup": 2.0}, "at least 4"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(pipe, prompts, target, reason):
+    with pytest.raises(UserError, match=reason):
+        plan(pipe, prompts, **target)
+
+
+def test_ways_have_names_that_tell_them_apart():
+    ways = [Way(), Way(steps=9), Way(solver="dpm++"), Way(interval=(0.0, 0.5)), Way((TaylorSeer(),))]
+    assert len({way.name for way in ways}) == len(ways)
+    assert psnr([0.5], [0.4]) == pytest.approx(20)
+    assert math.isnan(Trial(Way(), 1.0, 0.1).psnr)
