@@ -45,9 +45,10 @@ def small(ctx) -> Verdict:
     model, prompts = pipe.transformer, held_out_prompts("emoji", PROMPTS)
     runs, groups = emoji_runs(pipe, topics, 64, STEPS, guidance=1.0, seed=2000), read_units(model)
     scores, took = {"magnitude": magnitude(model, groups)}, {}
+    updates = round(LEARNING.updates * ctx.budget)
     for name in ("final", "steps"):
-        ctx.say(f"{LEARNING.updates} updates of masks, objective {name}")
-        began, learning = time.perf_counter(), replace(LEARNING, objective=name)
+        ctx.say(f"{updates} updates of masks, objective {name}")
+        began, learning = time.perf_counter(), replace(LEARNING, objective=name, updates=updates)
         scores[name] = learn_logits(model, groups, runs, learning, progress=False)
         took[name] = time.perf_counter() - began
     ctx.say("distances")
@@ -67,9 +68,10 @@ def small(ctx) -> Verdict:
     draws = [f"chance {seed}" for seed in ctx.seeds]
     far["chance"] = [sum(some) / len(draws) for some in zip(*(far[name] for name in draws), strict=True)]
     means = {name: sum(some) / len(some) for name, some in far.items()}
-    rival, luckiest = min(("magnitude", "chance"), key=means.__getitem__), min(draws, key=means.__getitem__)
+    luckiest = min(draws, key=means.__getitem__)
+    rival = min(("magnitude", luckiest), key=means.__getitem__)
     main, single = compare(far["final"], far[rival], 0.5), compare(far["final"], far["steps"])
-    lucky, best = compare(far["final"], far[luckiest], 0.5), compare(far["final"], far["activation"])
+    mean_draw, best = compare(far["final"], far["chance"], 0.5), compare(far["final"], far["activation"])
     guided = compare(distances(plans["final"], 28, 3.0), distances(plans[luckiest], 28, 3.0), 0.5)
     every = {name: make_plan(model, groups, scores[name], RATIO, "local") for name in ("final", luckiest)}
     heads = compare(distances(every["final"]), distances(every[luckiest]), 0.5)
@@ -91,14 +93,14 @@ def small(ctx) -> Verdict:
         unit="relative L2",
         ours=main.ours,
         comparators={name: mean for name, mean in means.items() if name != "final"},
-        rule="ours < 0.5 * the better of magnitude and chance (mean of three draws) at the same ratio",
+        rule="ours < 0.5 * the better of magnitude and the luckiest of three draws of chance",
         outcome=main.outcome,
         interval=(main.low, main.high),
         seeds=prompts.seeds,
         checks=(
             single.check("against single steps, as many updates on the same runs", f"< {single.theirs:.4f}"),
             best.check("against activation", f"< {best.theirs:.4f}"),
-            lucky.check("against the luckiest draw of chance", f"< 0.5 * {lucky.theirs:.4f}"),
+            mean_draw.check("against the mean of three draws of chance", f"< 0.5 * {mean_draw.theirs:.4f}"),
             guided.check("guidance of 3, 28 steps", f"< 0.5 * {guided.theirs:.4f}, {luckiest}"),
             Check(f"{fewer} of 28 steps, of equal cost, with guidance of 3", sum(shorter) / len(shorter)),
             heads.check("a fifth of the heads out as well", f"< 0.5 * {heads.theirs:.4f}, {luckiest}"),
@@ -117,8 +119,6 @@ def small(ctx) -> Verdict:
             "0.50; price of 10, 100 updates, heads at a rate of 0.3 0.54, 0.23 without heads (chance 0.46 to 0.49)",
             "the same with masks without noise: price of 3 0.48, of 30 0.38 after 40 updates and 0.44 after 70, of 100 "
             "0.51; the price of 0.01 of the paper, guidance of 3, 50 updates: neurons no better than chance",
-            "first run, the comparator being the luckiest of three draws of chance (0.43, 0.46, 0.82), not their mean: "
-            "0.193 against 0.430, unresolved; single steps, with as many updates, ended at 0.155",
             "one order over all layers in place of each layer's own: 0.48 to 0.60 with heads, 0.24 without",
         ),
     )

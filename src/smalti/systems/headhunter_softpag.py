@@ -43,12 +43,13 @@ GOALS = {"quality": (None, 8, 6), "dark": (darkness, 4, 3), "sharp": (edges, 4, 
 def small(ctx) -> Verdict:
     """`emoji`, 10 steps without guidance: how well the judge finds pictures of held-out prompts to fit them."""
     pipe, judge = ctx.model("emoji"), JudgeReward()
-    pairs, prompts = split_prompts("emoji", 8, PROMPTS)
+    most = round(8 * ctx.budget)
+    pairs, prompts = split_prompts("emoji", most, PROMPTS)
     pool = read_heads(pipe, lambda: drawer(pipe, 1)(pairs.first(1)))
     hunts = {}
     for name, (reward, count, k) in GOALS.items():
         ctx.say(f"searching {k} of {len(pool)} heads for {name}")
-        hunts[name] = hunt_heads(pipe, reward or judge, pick(pairs, spread(8, count)), k=k, steps=STEPS, pool=pool,
+        hunts[name] = hunt_heads(pipe, reward or judge, pick(pairs, spread(most, round(count * ctx.budget))), k=k, steps=STEPS, pool=pool,
                                  method=PerturbedHeads(scale=SEARCH_SCALE), progress=False)  # fmt: skip
 
     def draw(heads=None, some=prompts, guidance=1.0, steps=STEPS, scale=SCALE):
