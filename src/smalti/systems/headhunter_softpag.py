@@ -49,8 +49,11 @@ def small(ctx) -> Verdict:
     hunts = {}
     for name, (reward, count, k) in GOALS.items():
         ctx.say(f"searching {k} of {len(pool)} heads for {name}")
-        hunts[name] = hunt_heads(pipe, reward or judge, pick(pairs, spread(most, round(count * ctx.budget))), k=k, steps=STEPS, pool=pool,
-                                 method=PerturbedHeads(scale=SEARCH_SCALE), progress=False)  # fmt: skip
+        some = pick(pairs, spread(most, round(count * ctx.budget)))
+        method = PerturbedHeads(scale=SEARCH_SCALE)
+        hunts[name] = hunt_heads(
+            pipe, reward or judge, some, k=k, steps=STEPS, pool=pool, method=method, progress=False
+        )
 
     def draw(heads=None, some=prompts, guidance=1.0, steps=STEPS, scale=SCALE):
         ctx.say(f"{heads or 'plain'}, guidance {guidance:g}, {steps} steps, {len(some)} pictures")
