@@ -24,8 +24,8 @@ def pipe(tiny_models):
 def plan_for(pipe, **changes):
     settings = {
         "model": model_of(pipe), "steps": 12, "drawn": 12, "scheduler": scheduler_of(pipe), "sample": (16, 8, 8),
-        "methods": ("taylorseer:full_at=[0,1,4,8]",), "target": {"speedup": 2.0}, "is_met": True,
-        "measured": {"speedup": 2.1, "distance": 0.01},
+        "way": "taylorseer:full_at=[0,1,4,8], 12 steps", "methods": ("taylorseer:full_at=[0,1,4,8]",),
+        "target": {"speedup": 2.0}, "is_met": True, "measured": {"speedup": 2.1, "distance": 0.01},
     }  # fmt: skip
     return Plan(**settings | changes)
 
@@ -55,7 +55,7 @@ def test_a_plan_for_something_else_is_refused(pipe):
     for change, reason in (
         ({"model": "FluxTransformer2DModel"}, "made for model Flux"),
         ({"scheduler": "DDIMScheduler 0"}, "made for scheduler DDIM"),
-        ({"methods": ()}, "no method to apply: plain 12 steps"),
+        ({"methods": (), "way": "9 steps, dpm++"}, "no method to apply, .* draw with 9 steps, dpm"),
     ):
         with pytest.raises(Refusal, match=reason):
             smalti.apply(pipe, plan_for(pipe, **change))

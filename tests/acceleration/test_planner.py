@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from smalti.acceleration.planner import front_of, neighbours, plan
+from smalti.acceleration.planner import Search, front_of, neighbours, plan
 from smalti.acceleration.taylorseer import TaylorSeer
 from smalti.core.errors import UserError
 from smalti.evaluation.ways import Bench, Trial, Way, psnr
@@ -75,6 +75,36 @@ def test_neighbours_differ_in_one_number():
     assert {one.full_at for one in moved} >= {(0, 1, 5, 9), (0, 3, 5, 9), (0, 2, 4, 9), (0, 2, 5, 10)}
     assert {one.order for one in moved} == {0, 1, 2}
     assert all(sum(value != vars(start.methods[0])[name] for name, value in vars(one).items()) == 1 for one in moved)
+    last = Way((TaylorSeer(full_at=(0, 2, 5, 11)),), 12)
+    assert all(one.methods[0].full_at[-1] < 12 for one in neighbours(last))  # of 12 steps the last has index 11
+
+
+def test_a_change_that_draws_the_same_is_no_better_however_fast_it_looked(pipe, monkeypatch):
+    pipe.set_progress_bar_config(disable=True)
+    start = Trial(Way((TaylorSeer(full_at=(0, 2, 5, 9)),), 12), 1.9, 0.1)
+    search = Search(Bench(pipe, [{**call, "seed": 0} for call in PROMPTS], Way(steps=12)), math.inf, None, False)
+    monkeypatch.setattr(search, "look", lambda way, count: Trial(way, 2.5, 0.1))
+    assert search.climb(start, 2.0) is start
+    nearer = Way((TaylorSeer(full_at=(0, 1, 5, 9)),), 12)
+    monkeypatch.setattr(search, "look", lambda way, count: Trial(way, 2.5, 0.05 if way == nearer else 0.1))
+    assert search.climb(start, 2.0).way == nearer
+
+
+def test_for_a_distance_the_fastest_way_that_is_near_enough_is_taken(pipe, monkeypatch):
+    pipe.set_progress_bar_config(disable=True)
+    search = Search(Bench(pipe, [{**call, "seed": 0} for call in PROMPTS], Way(steps=12)), math.inf, None, False)
+
+    def look(way, count):
+        full = getattr(way.methods[0], "full_at", ()) if way.methods else ()
+        speed = 12 / len(full or range(way.steps))
+        found = Trial(way, speed, speed / 10, 50 - 8 * speed)  # 30 dB at a speed of 2.5
+        search.trials[f"{way.name} | {count}"] = found
+        return found
+
+    monkeypatch.setattr(search, "look", look)
+    found = search.fastest(30.0)
+    assert 30 <= found.psnr < 35
+    assert search.fastest(49.0).speedup == 1.0  # nothing is near enough: the nearest
 
 
 def test_the_plain_way_is_at_no_distance_and_memory_can_be_bounded(pipe):

@@ -119,6 +119,8 @@ def test_full_evaluations_can_be_named():
     for places in ((1, 3), (0, 3, 2), (0, 2, 2)):
         with pytest.raises(UserError, match="rising indices"):
             TaylorSeer(full_at=places)
+    with pytest.raises(UserError, match="in place of interval and warmup"):
+        TaylorSeer(interval=2, full_at=(0, 1, 4))
 
 
 @pytest.mark.parametrize(("count", "steps", "bend"), [(8, 28, 1.0), (9, 28, 1.6), (27, 28, 2.0), (3, 50, 0.7)])

@@ -34,7 +34,8 @@ class Plan(Bundle):
         drawn: steps that are drawn: fewer, where that was the best.
         scheduler: class and hash of its settings.
         sample: shape of the model's sample without its batch; None where it is no tensor.
-        methods: words of `--apply`; none where plain steps were the best.
+        way: all of it in words; where there is no method, how to draw instead.
+        methods: words of `--apply`; none where a plain way was the best.
         target: what was asked for, such as {"speedup": 3.0}.
         is_met: whether it was reached on held-out prompts.
         measured: figures on held-out prompts.
@@ -49,6 +50,7 @@ class Plan(Bundle):
     drawn: int
     scheduler: str
     sample: tuple[int, ...] | None
+    way: str
     methods: tuple[str, ...]
     target: Mapping[str, float]
     is_met: bool
@@ -62,13 +64,13 @@ class Plan(Bundle):
         """The methods.
 
         Raises:
-            Refusal: the target has another model or scheduler, or the plan is to draw fewer steps and has no methods.
+            Refusal: the target has another model or scheduler, or a plain way was the best.
         """
         _check("model", model_of(target), self.model)
         if hasattr(target, "scheduler"):
             _check("scheduler", scheduler_of(target), self.scheduler)
         if not self.methods:
-            raise Refusal(f"this plan has no method to apply: plain {self.drawn} steps were the best; draw so many")
+            raise Refusal(f"this plan has no method to apply, a plain way was the best: draw with {self.way}")
         now = {"smalti": __version__, "torch": torch.__version__}
         if dict(self.versions) != now:
             warnings.warn(f"the plan is of {dict(self.versions)}, now it is {now}: times may differ", stacklevel=3)

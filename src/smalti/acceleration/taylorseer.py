@@ -91,6 +91,8 @@ class TaylorSeer(StepMethod, SublayerMethod):
                 raise unknown_name(f"{name} of TaylorSeer", getattr(self, name), allowed)
         if self.full_at and (self.full_at[0] != 0 or list(self.full_at) != sorted(set(self.full_at))):
             raise UserError(f"TaylorSeer got full_at={self.full_at}; give rising indices, the first of them 0")
+        if self.full_at and (self.interval, self.warmup) != (4, 3):
+            raise UserError("TaylorSeer got full_at, which stands in place of interval and warmup; leave these out")
 
     @classmethod
     def neutral(cls) -> Self:

@@ -72,10 +72,8 @@ def make(request: Request) -> Plan:
     if request.plot is not None:
         check_creatable(request.plot)
     calls = _calls(request)
-    pipe = load_pipeline(request.model, device_of(request.device))
+    pipe = open_pipeline(request.model, request.device)
     check_arguments(pipe, calls)
-    if isinstance(pipe, TextToImagePipeline) and pipe.config["text_encoder"] == "minilm":
-        pipe.use_text_encoder(EmbeddingCache(MiniLMEncoder(length=pipe.config["text_length"]), cache_folder() / "text"))
     kept = request.out.with_suffix(".search.json")
     found = plan(
         pipe, calls, request.speedup, request.psnr, steps=request.steps, batch=request.batch,
@@ -88,12 +86,19 @@ def make(request: Request) -> Plan:
     return found
 
 
+def open_pipeline(model: str, device: str = "auto") -> Any:
+    """A pipeline whose texts are encoded once only, so that drawing is what is timed."""
+    pipe = load_pipeline(model, device_of(device))
+    if isinstance(pipe, TextToImagePipeline) and pipe.config["text_encoder"] == "minilm":
+        pipe.use_text_encoder(EmbeddingCache(MiniLMEncoder(length=pipe.config["text_length"]), cache_folder() / "text"))
+    return pipe
+
+
 def text(found: Plan, out: Path) -> str:
     """A plan for people."""
     [(name, value)] = found.target.items()
     unit = "times faster" if name == "speedup" else "dB"
-    chosen = " + ".join(found.methods) or "no method"
-    lines = [f"{chosen}, {found.drawn} steps", _figures("held-out prompts", found.measured)]
+    lines = [found.way, _figures("held-out prompts", found.measured)]
     if not found.is_met:
         lines.append(f"the target of {value:g} {unit} is not met; this is the best that was found")
     lines += ["plain ways of about the same time:", *(_figures(str(one["way"]), one) for one in found.alternatives)]
@@ -129,7 +134,13 @@ def _calls(request: Request) -> list[dict[str, Any]]:
         return read_calls(request.prompts, request.size)
     if request.model not in model_names(only_pipelines=True):
         raise UserError("no prompts were given; write --prompts FILE, a file with a prompt a line, at least 4 a call")
-    prompts = held_out_prompts(request.model, PROMPTS)
+    return [{**call, **read_size(request.size)} for call in held_out_calls(request.model)]
+
+
+def held_out_calls(model: str, count: int = PROMPTS) -> list[dict[str, Any]]:
+    """Captions that a shipped model has never seen, with style and seed, in an order in which both halves have all
+    styles."""
+    prompts = held_out_prompts(model, count)
     rows = zip(prompts.texts, prompts.styles, prompts.seeds, strict=True)
-    calls = [{"prompt": text, "style": style, "seed": seed, **read_size(request.size)} for text, style, seed in rows]
-    return [*calls[::2], *calls[1::2]]  # held-out captions stand by style: both halves have all
+    calls = [{"prompt": text, "style": style, "seed": seed} for text, style, seed in rows]
+    return [*calls[::2], *calls[1::2]]
