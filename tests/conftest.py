@@ -6,6 +6,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import multiprocessing
+import signal
 import sys
 from multiprocessing import forkserver
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started with it ignored
 HERE = str(Path(__file__).parent)
 sys.path.append(HERE)
 
