@@ -20,6 +20,7 @@ def figures() -> str:
                 f"`smalti bench emoji`: held-out concepts of the topics {topics}, drawn from their captions "
                 f"({result['hardware']}, {result['date']}).\n\n| figure | value |\n|---|---|\n{rows}\n"
             )
+    parts += [_plans(result) for result in results if result["benchmark"] == "plan"]
     speeds = [result for result in results if result["benchmark"] == "mmdit_speed"]
     if speeds:
         rows = "\n".join(
@@ -39,6 +40,25 @@ def updated(readme: str) -> str:
     """The README with current figures."""
     before, rest = readme.split(START)
     return f"{before}{START}\n{figures()}{END}{rest.split(END)[1]}"
+
+
+def _plans(result: dict) -> str:
+    """What the planner found beside the plain way of the same time that comes nearest, on captions it never saw."""
+    rows = []
+    for one in result["plans"]:
+        ours, *others = one["rows"][1:]
+        other = min(others, key=lambda row: row["distance"])
+        rows.append(
+            f"| {one['steps']} | {ours['way']} | {ours['speedup']:.2f} | {ours['distance']:.4f} "
+            f"| {other['way']} | {other['speedup']:.2f} | {other['distance']:.4f} | {one['minutes']:.1f} |"
+        )
+    wanted = result["plans"][0]["speedup"]
+    return (
+        f"`smalti bench plan`: plans for {result['model']}, {wanted:g} times faster, and the nearest plain way of the "
+        f"same time; distance of final latents to the plain run ({result['hardware']}, {result['date']}).\n\n"
+        "| steps | the plan | times faster | distance | nearest plain way | times faster | distance | minutes |\n"
+        "|---|---|---|---|---|---|---|---|\n" + "\n".join(rows) + "\n"
+    )
 
 
 def _ratio(part: dict) -> str:
