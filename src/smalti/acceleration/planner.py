@@ -267,7 +267,8 @@ def plain_ways(pipe: Any, plain: Way, speedup: float) -> list[Way]:
 
 
 def neighbours(way: Way) -> Iterator[Way]:
-    """Ways that differ in one number of one method: a whole one by 1, another by a quarter, an index by 1."""
+    """Ways that differ in one number of one method: a whole one by 1, another by a quarter; of rising indices one moves
+    by 1, comes in or goes."""
     for place, method in enumerate(way.methods):
         for one in fields(method):  # type: ignore[arg-type]  # methods are dataclasses
             for value in _steps_from(getattr(method, one.name), way.steps):
@@ -291,6 +292,11 @@ def _steps_from(value: Any, steps: int) -> Iterator[Any]:
                 changed = (*value[:index], moved, *value[index + 1 :])
                 if list(changed) == sorted(set(changed)) and moved < steps:
                     yield changed
+        for index in range(1, len(value)):
+            middle = (value[index - 1] + value[index]) // 2
+            if middle > value[index - 1]:
+                yield (*value[:index], middle, *value[index:])
+            yield (*value[:index], *value[index + 1 :])
 
 
 def front_of(trials: Mapping[str, Trial]) -> list[Trial]:
