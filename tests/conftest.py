@@ -8,8 +8,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import multiprocessing
 import signal
 import sys
+import warnings
 from multiprocessing import forkserver
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -23,6 +25,15 @@ sys.path.append(HERE)
 
 STYLES = ["flat", "round"]
 KINDS = ("text", "labels", "plain")
+WORDS = ["<pad>", "</s>", "<unk>", "▁a", "▁green", "▁apple", "▁red", "▁heart", "▁cat"]
+
+
+class Ran(NamedTuple):
+    """What a run of the command line left."""
+
+    status: int
+    out: str
+    err: str
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +88,34 @@ def tiny_models(tmp_path_factory):
     return folders
 
 
+@pytest.fixture(scope="session")
+def pixart(tmp_path_factory):
+    """Folder of a text-to-picture pipeline of diffusers with random weights."""
+    from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    torch.manual_seed(0)
+    tokenizer = T5Tokenizer(vocab=[(word, -float(index)) for index, word in enumerate(WORDS)])
+    config = T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, dropout_rate=0)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4,
+    )  # fmt: skip
+    transformer = PixArtTransformer2DModel(
+        sample_size=16, num_layers=3, patch_size=2, attention_head_dim=8, num_attention_heads=2, in_channels=4,
+        cross_attention_dim=16, caption_channels=16, out_channels=8, norm_num_groups=1,
+        use_additional_conditions=False,
+    )  # fmt: skip
+    with torch.no_grad():
+        for weight in transformer.parameters():
+            weight.mul_(2.0)  # so that steps differ enough to be seen
+    scheduler = DPMSolverMultistepScheduler()
+    folder = tmp_path_factory.mktemp("pixart") / "pipeline"
+    parts = (tokenizer, T5EncoderModel(config).eval(), vae.eval(), transformer, scheduler)
+    PixArtSigmaPipeline(*parts).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def make_pictures():
     """A function that fills a folder with pictures `00.png`, ... of a disc on a ground, and returns it."""
@@ -118,3 +157,19 @@ def start_cli():
         return process
 
     return start
+
+
+@pytest.fixture
+def smalti(monkeypatch, capsys, tmp_path):
+    """Runs the command line here, in an empty folder: `smalti("generate", "a cat").status`, `.out` and `.err`."""
+    from smalti import cli
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["smalti", *map(str, arguments)])
+        with warnings.catch_warnings(), pytest.raises(SystemExit) as caught:
+            cli.main()
+        return Ran(caught.value.code or 0, *capsys.readouterr())
+
+    return run

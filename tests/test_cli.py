@@ -16,22 +16,6 @@ from smalti.tasks import doctor, text_to_image
 from smalti.zoo import loader
 
 
-@pytest.fixture
-def smalti(monkeypatch, capsys, tmp_path):
-    """Runs the command line here, in an empty folder: `smalti("generate", "a cat").status`, `.out` and `.err`."""
-    monkeypatch.chdir(tmp_path)
-
-    class Result:
-        def __init__(self, *arguments):
-            monkeypatch.setattr(sys, "argv", ["smalti", *map(str, arguments)])
-            with warnings.catch_warnings(), pytest.raises(SystemExit) as caught:
-                cli.main()
-            self.status = caught.value.code
-            self.out, self.err = capsys.readouterr()
-
-    return Result
-
-
 def is_one_line(text):
     return text.startswith("smalti: ") and text.count("\n") == 1 and text.endswith("\n")
 

@@ -1,22 +1,17 @@
 """`smalti bench pipe` on a diffusers pipeline from disk and on a model of ours: figures, sheet, users' mistakes."""
 
 import json
-import sys
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
 from PIL import Image
-from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-from smalti import cli
 from smalti.core import discovery
 from smalti.core.errors import UserError
 from smalti.evaluation import vgg
 
 pipe = discovery.load_benchmark("pipe")
 needs_weights = pytest.mark.skipif(not vgg.is_installed(), reason=f"needs the weights of VGG16: {vgg.INSTALL}")
-WORDS = ["<pad>", "</s>", "<unk>", "▁a", "▁green", "▁apple", "▁red", "▁heart", "▁cat"]
 RUNNER = """
 from dataclasses import dataclass
 ARGUMENT = "place"
@@ -31,46 +26,6 @@ def run(settings):
 def table(result):
     return repr(result)
 """
-
-
-@pytest.fixture(scope="module")
-def pixart(tmp_path_factory):
-    """Folder of a text-to-picture pipeline of diffusers with random weights."""
-    torch.manual_seed(0)
-    tokenizer = T5Tokenizer(vocab=[(word, -float(index)) for index, word in enumerate(WORDS)])
-    config = T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, dropout_rate=0)
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4,
-    )  # fmt: skip
-    transformer = PixArtTransformer2DModel(
-        sample_size=16, num_layers=3, patch_size=2, attention_head_dim=8, num_attention_heads=2, in_channels=4,
-        cross_attention_dim=16, caption_channels=16, out_channels=8, norm_num_groups=1,
-        use_additional_conditions=False,
-    )  # fmt: skip
-    with torch.no_grad():
-        for weight in transformer.parameters():
-            weight.mul_(2.0)  # so that steps differ enough to be seen
-    scheduler = DPMSolverMultistepScheduler()
-    folder = tmp_path_factory.mktemp("pixart") / "pipeline"
-    parts = (tokenizer, T5EncoderModel(config).eval(), vae.eval(), transformer, scheduler)
-    PixArtSigmaPipeline(*parts).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def smalti(monkeypatch, tmp_path, capsys):
-    """Runs the command line here; gives status, output and errors."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["smalti", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        streams = capsys.readouterr()
-        return ended.value.code or 0, streams.out, streams.err
-
-    return run
 
 
 @needs_weights

@@ -5,16 +5,8 @@ import json
 import pytest
 from PIL import Image
 
-from smalti import cli
 from smalti.acceleration.plan import Plan
 from smalti.tasks import plan_pipeline
-
-
-def run(monkeypatch, *words):
-    monkeypatch.setattr("sys.argv", ["smalti", *map(str, words)])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    return stopped.value.code
 
 
 @pytest.fixture
@@ -24,15 +16,15 @@ def prompts(tmp_path):
     return file
 
 
-def test_a_plan_is_searched_written_drawn_and_used(tiny_models, tmp_path, prompts, monkeypatch, capsys):
+def test_a_plan_is_searched_written_drawn_and_used(tiny_models, tmp_path, prompts, smalti):
     pytest.importorskip("matplotlib")
     out, plot, model = tmp_path / "plan.json", tmp_path / "plan.png", tiny_models["text"]
     words = ("--speedup", 1.5, "--prompts", prompts, "--steps", 8, "--budget", 0.05, "--out", out, "--plot", plot)
-    assert run(monkeypatch, "plan", model, *words) == 0
-    printed = capsys.readouterr().out
+    done = smalti("plan", model, *words)
+    assert done.status == 0
     found = Plan.load(out)
-    assert found.way in printed
-    assert "held-out prompts" in printed
+    assert found.way in done.out
+    assert "held-out prompts" in done.out
     assert not out.with_suffix(".search.json").exists()
     with Image.open(plot) as picture:
         assert picture.size[0] > 400
@@ -40,8 +32,21 @@ def test_a_plan_is_searched_written_drawn_and_used(tiny_models, tmp_path, prompt
     if found.methods:
         picture = tmp_path / "cat.png"
         draw = ("generate", "a red cat", "--model", model, "--apply", out, "--steps", found.drawn, "--out", picture)
-        assert run(monkeypatch, *draw, "--json") == 0
-        assert json.loads(capsys.readouterr().out)["methods"]
+        assert json.loads(smalti(*draw, "--json").out)["methods"]
+
+
+def test_a_pipeline_of_diffusers_from_a_folder(pixart, tmp_path, smalti):
+    out, prompts = tmp_path / "plan.json", tmp_path / "prompts.jsonl"
+    calls = [{"prompt": f"a {thing}", "use_resolution_binning": False} for thing in ("cat", "apple", "heart", "red cat")]
+    prompts.write_text("\n".join(map(json.dumps, calls)))
+    words = ("--prompts", prompts, "--steps", 12, "--size", 32, "--budget", 0.2, "--speedup", 1.2, "--out", out)
+    done = smalti("plan", pixart, *words)
+    assert done.status == 0, done.err
+    found = Plan.load(out)
+    assert found.model == "PixArtTransformer2DModel"
+    assert found.sample == (4, 16, 16)
+    assert any("fewer" in one["way"] or one["way"].endswith("steps") for one in found.alternatives)
+    assert not any("dpm++" in one["way"] for one in found.alternatives)  # its solver is the user's
 
 
 def test_held_out_captions_have_all_styles_in_both_halves():
@@ -59,8 +64,8 @@ def test_held_out_captions_have_all_styles_in_both_halves():
         (("--speedup", 2), "no prompts were given"),
     ],
 )
-def test_what_cannot_be_planned_is_said_in_one_line(tiny_models, tmp_path, words, reason, monkeypatch, capsys):
-    assert run(monkeypatch, "plan", tiny_models["text"], "--out", tmp_path / "plan.json", *words) != 0
-    said = capsys.readouterr().err
-    assert reason in said
-    assert len(said.strip().splitlines()) == 1
+def test_what_cannot_be_planned_is_said_in_one_line(tiny_models, tmp_path, words, reason, smalti):
+    done = smalti("plan", tiny_models["text"], "--out", tmp_path / "plan.json", *words)
+    assert done.status == 2
+    assert reason in done.err
+    assert len(done.err.strip().splitlines()) == 1
