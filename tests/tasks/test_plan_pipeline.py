@@ -37,7 +37,9 @@ def test_a_plan_is_searched_written_drawn_and_used(tiny_models, tmp_path, prompt
 
 def test_a_pipeline_of_diffusers_from_a_folder(pixart, tmp_path, smalti):
     out, prompts = tmp_path / "plan.json", tmp_path / "prompts.jsonl"
-    calls = [{"prompt": f"a {thing}", "use_resolution_binning": False} for thing in ("cat", "apple", "heart", "red cat")]
+    calls = [
+        {"prompt": f"a {thing}", "use_resolution_binning": False} for thing in ("cat", "apple", "heart", "red cat")
+    ]
     prompts.write_text("\n".join(map(json.dumps, calls)))
     words = ("--prompts", prompts, "--steps", 12, "--size", 32, "--budget", 0.2, "--speedup", 1.2, "--out", out)
     done = smalti("plan", pixart, *words)

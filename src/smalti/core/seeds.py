@@ -17,8 +17,8 @@ SEED_LIMIT = 2**63
 
 def check_seed(seed: int) -> int:
     """The seed itself; raises `UserError` unless 0 <= seed < 2**63."""
-    if not 0 <= seed < SEED_LIMIT:
-        raise UserError(f"seed {seed} is out of range; choose one from 0 to {SEED_LIMIT - 1}")
+    if not isinstance(seed, int) or not 0 <= seed < SEED_LIMIT:
+        raise UserError(f"seed {seed!r} is out of range; choose a whole number from 0 to {SEED_LIMIT - 1}")
     return seed
 
 

@@ -15,7 +15,7 @@ def read_calls(prompts: str | Path, size: str = "", seed: int = 0) -> list[dict[
     Args:
         prompts: the file.
         size: pixels, one number or HEIGHTxWIDTH; the pipeline's own if empty.
-        seed: of the first prompt; the next ones count up.
+        seed: of the first prompt; the next ones count up. A line's own seed wins.
 
     Raises:
         UserError: the file cannot be read or holds no prompt, or a size or seed is no number in range.
@@ -29,10 +29,11 @@ def read_calls(prompts: str | Path, size: str = "", seed: int = 0) -> list[dict[
     calls = [_arguments(file, number, line, is_json) for number, line in enumerate(lines, start=1) if line]
     if not calls:
         raise UserError(f"{file} holds no prompt; write one a line")
-    check_seed(seed)
-    check_seed(seed + len(calls) - 1)
     sides = read_size(size)
-    return [{**sides, **call, "seed": seed + index} for index, call in enumerate(calls)]
+    seeded = [{**sides, "seed": seed + index, **call} for index, call in enumerate(calls)]
+    for call in seeded:
+        check_seed(call["seed"])
+    return seeded
 
 
 def check_arguments(pipe: Any, calls: list[dict[str, Any]]) -> None:

@@ -1,20 +1,18 @@
-"""Prompts to pictures on disk: checks first, then the work, then whole files. Clips are PNG files that move (APNG)."""
+"""Prompts to pictures on disk: checks first, then the work, then whole files."""
 
-import json
-import os
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from smalti.acceleration.plan import Plan
 from smalti.core.errors import UserError, unknown_name
 from smalti.core.files import atomic_file, check_creatable
+from smalti.core.method import Method
 from smalti.core.seeds import check_seed, generators_for
 from smalti.evaluation.pipe_calls import read_size
 from smalti.evaluation.sheet import sheet
@@ -22,15 +20,11 @@ from smalti.sampling.pipeline import TextToImagePipeline
 from smalti.sampling.schedulers import make_scheduler
 from smalti.seams.apply import apply
 from smalti.seams.find import make_method
+from smalti.tasks.picture_files import Drawn, first_picture, save_picture
 from smalti.zoo.loader import load_model
 
 BATCH = 16
-PNG_KEY = "smalti"
 SHEET_SIDE = 128
-FRAME_SECONDS = 3  # of a whole clip
-
-Drawn = Image.Image | list[Image.Image]
-"""A picture, or the frames of a clip."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +95,7 @@ def draw(request: Request) -> dict[str, Any]:
     """
     check_creatable(request.out)
     sides = read_size(request.size or "")
-    methods = [Plan.load(words) if words.endswith(".json") else make_method(words) for words in request.methods]
+    methods = read_methods(request.methods)
     scheduler = make_scheduler(request.solver)
     pipe = load_model(request.model, "cuda" if torch.cuda.is_available() else "cpu")
     pipe.register_modules(scheduler=scheduler)
@@ -115,7 +109,7 @@ def draw(request: Request) -> dict[str, Any]:
         handle = stack.enter_context(apply(pipe, *methods)) if methods else None
         images = _draw(pipe, request, wanted, sides)
     seconds = time.perf_counter() - started
-    first = _first(images[0])
+    first = first_picture(images[0])
     settings = {
         "model": request.model,
         "steps": request.steps,
@@ -132,6 +126,11 @@ def draw(request: Request) -> dict[str, Any]:
         "seconds": round(seconds, 3),
         **({} if handle is None else {"report": handle.report().as_json()}),
     }
+
+
+def read_methods(words: Sequence[str]) -> list[Method | Plan]:
+    """What --apply names: methods, or files of plans."""
+    return [Plan.load(one) if one.endswith(".json") else make_method(one) for one in words]
 
 
 def _draw(pipe: TextToImagePipeline, request: Request, wanted: list[_Picture], sides: dict[str, Any]) -> list[Drawn]:
@@ -188,28 +187,9 @@ def _write(out: Path, files: list[Path], wanted: list[_Picture], images: list[Dr
     """All files or none: each is complete beside its place before the first takes it."""
     with ExitStack() as whole:
         for file, picture, image in zip(files, wanted, images, strict=True):
-            _save(whole.enter_context(atomic_file(file)), image, settings | asdict(picture))
+            save_picture(whole.enter_context(atomic_file(file)), image, settings | asdict(picture))
         if len(images) > 1:
-            firsts = [_first(image) for image in images]
+            firsts = [first_picture(image) for image in images]
             scale = max(1, SHEET_SIDE // firsts[0].height)
             labelled = sheet(firsts, [picture.label for picture in wanted], scale=scale)
-            _save(whole.enter_context(atomic_file(out)), labelled, settings)
-
-
-def _first(image: Drawn) -> Image.Image:
-    """A picture, or a clip's first frame."""
-    return image[0] if isinstance(image, list) else image
-
-
-def _save(path: Path, image: Drawn, settings: dict[str, Any]) -> None:
-    """A PNG with its settings in its metadata; the same settings give the same bytes."""
-    metadata = PngInfo()
-    metadata.add_text(PNG_KEY, json.dumps(settings, ensure_ascii=True))
-    with path.open("wb") as file:
-        if isinstance(image, list):
-            moving = {"save_all": True, "append_images": image[1:], "loop": 0}
-            image[0].save(file, "PNG", pnginfo=metadata, duration=1000 * FRAME_SECONDS // len(image), **moving)
-        else:
-            image.save(file, "PNG", pnginfo=metadata)
-        file.flush()
-        os.fsync(file.fileno())  # a full disk shows here, before any file takes its place
+            save_picture(whole.enter_context(atomic_file(out)), labelled, settings)
