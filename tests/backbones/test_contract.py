@@ -1,4 +1,4 @@
-"""What every backbone keeps; backbones are the classes with a `tiny()` preset in the modules of the folder."""
+"""What every backbone keeps; backbones are the classes with `tiny` presets in the modules of the folder."""
 
 import doctest
 import inspect
@@ -19,10 +19,15 @@ def backbones():
                 yield value
 
 
-@pytest.fixture(params=list(backbones()), ids=lambda backbone: backbone.__name__)
+def presets():
+    for backbone in backbones():
+        yield from (getattr(backbone, name) for name in dir(backbone) if name.startswith("tiny"))
+
+
+@pytest.fixture(params=list(presets()), ids=lambda preset: preset.__qualname__)
 def model(request):
     """A tiny model with random weights everywhere: fresh ones predict zero."""
-    model = request.param.tiny().eval()
+    model = request.param().eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model

@@ -2,10 +2,14 @@
 
 import pytest
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 
+from smalti.backbones.block import TransformerBlock
+from smalti.backbones.block_order import with_cross
 from smalti.backbones.dit import DiT
 from smalti.core.errors import UserError
 from smalti.core.protocols import Cond
+from smalti.nn.block_attention import BlockContext
 
 X = (2, 4, 6, 8)
 
@@ -72,3 +76,60 @@ def test_refuses_what_does_not_fit():
         model(x, torch.rand(2, 5), Cond(pooled=torch.zeros(2, 10)))
     with pytest.raises(UserError, match="multiple of 4"):
         DiT(heads=1, head_dim=6)
+
+
+def text_model():
+    model = DiT.tiny_text()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def test_text_matters_and_padded_tokens_do_not():
+    model, x, t = text_model(), torch.randn(X), torch.rand(2)
+    text, pooled = torch.randn(2, 5, 12), torch.randn(2, 10)
+    mask = torch.tensor([[True] * 3 + [False] * 2, [True] * 5])
+    base = model(x, t, Cond(text=text, pooled=pooled, mask=mask))
+    padded = text.clone()
+    padded[0, 3:] = 9.0
+    torch.testing.assert_close(model(x, t, Cond(text=padded, pooled=pooled, mask=mask)), base)
+    real = text.clone()
+    real[0, 0] += 1.0
+    changed = model(x, t, Cond(text=real, pooled=pooled, mask=mask))
+    assert not torch.allclose(changed[0], base[0], atol=1e-3)
+    torch.testing.assert_close(changed[1], base[1])
+    with pytest.raises(UserError, match=r"needs cond\.text"):
+        model(x, t, Cond(pooled=pooled))
+
+
+def test_every_block_begins_as_the_identity_with_text_too():
+    model = DiT.tiny_text()
+    tokens = torch.randn(2, 6, 16)
+    context = BlockContext(torch.zeros(2, 96), memory=torch.randn(2, 5, 16))
+    torch.testing.assert_close(model.blocks[0](tokens, context), tokens)
+
+
+def test_a_block_with_text_is_pixarts():
+    ours = TransformerBlock(16, 2, order=with_cross("standard"), modulation="shared", bare_cross=True)
+    theirs = BasicTransformerBlock(
+        16, 2, 8, cross_attention_dim=16, activation_fn="gelu-approximate", attention_bias=True,
+        norm_type="ada_norm_single", norm_elementwise_affine=False, norm_eps=1e-6,
+    )  # fmt: skip
+    weights = {name: torch.randn_like(tensor) * 0.3 for name, tensor in theirs.state_dict().items()}
+    theirs.load_state_dict(weights)
+    mine = {"modulation.table": weights["scale_shift_table"].flatten()}
+    for kind in ("weight", "bias"):
+        mine[f"attn.to_qkv.{kind}"] = torch.cat([weights[f"attn1.to_{part}.{kind}"] for part in "qkv"])
+        mine[f"cross.to_q.{kind}"] = weights[f"attn2.to_q.{kind}"]
+        mine[f"cross.to_kv.{kind}"] = torch.cat([weights[f"attn2.to_{part}.{kind}"] for part in "kv"])
+        for name, layer in (("attn.to_out", "attn1.to_out.0"), ("cross.to_out", "attn2.to_out.0")):
+            mine[f"{name}.{kind}"] = weights[f"{layer}.{kind}"]
+        for name, layer in (("ffn.proj_in", "ff.net.0.proj"), ("ffn.proj_out", "ff.net.2")):
+            mine[f"{name}.{kind}"] = weights[f"{layer}.{kind}"]
+    ours.load_state_dict(mine)
+    tokens, memory, shared = torch.randn(2, 6, 16), torch.randn(2, 5, 16), torch.randn(2, 96)
+    mask = torch.tensor([[True] * 3 + [False] * 2, [True] * 5])
+    bias = (~mask)[:, None].float() * -10000.0
+    expected = theirs(tokens, encoder_hidden_states=memory, encoder_attention_mask=bias, timestep=shared)
+    found = ours(tokens, BlockContext(shared, memory=memory, memory_mask=mask))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

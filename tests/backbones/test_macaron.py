@@ -169,12 +169,15 @@ def test_both_streams_of_a_joint_block():
     assert torch.equal(new.modulation_text.linear.weight, torch.cat([rows[1], rows[0], rows[1]]))
 
 
-@pytest.mark.parametrize("modulation", ["own", "shared"])
-def test_a_whole_model(modulation, tmp_path):
+@pytest.mark.parametrize(
+    "changes", [{"modulation": "own"}, {"modulation": "shared"}, {"modulation": "shared", "text_dim": 12}], ids=str
+)
+def test_a_whole_model(changes, tmp_path):
     config = {name: value for name, value in DiT.tiny().config.items() if not name.startswith("_")}
-    old = awake(DiT(**config | {"modulation": modulation}))
+    old = awake(DiT(**config | changes))
     new = to_macaron(old)
-    x, t, cond = torch.randn(2, 4, 6, 8), torch.rand(2), Cond(pooled=torch.randn(2, 10))
+    text = torch.randn(2, 3, 12) if "text_dim" in changes else None
+    x, t, cond = torch.randn(2, 4, 6, 8), torch.rand(2), Cond(text=text, pooled=torch.randn(2, 10))
     out = new(x, t, cond)
     assert out.isfinite().all()
     assert not torch.equal(out, old(x, t, cond))

@@ -1,5 +1,7 @@
 """Models that take shapes, or lists of samples: Qwen-Image, Z-Image, and ours."""
 
+from dataclasses import replace
+
 import torch
 from diffusers import QwenImageTransformer2DModel, ZImageTransformer2DModel
 from family import TEXT, Family, draw
@@ -36,6 +38,11 @@ def dit(seed, batch, grid):
     return {**arguments, "cond": Cond(pooled=draw(batch, 10, seed=seed + 2), label=torch.arange(batch) % 3)}
 
 
+def text_dit(seed, batch, grid):
+    arguments = mmdit(seed, batch, grid)
+    return {**arguments, "cond": replace(arguments["cond"], label=torch.arange(batch) % 3)}
+
+
 FAMILIES = {
     "qwen-image": Family(
         lambda: QwenImageTransformer2DModel(
@@ -58,4 +65,5 @@ FAMILIES = {
     ),
     "mmdit": Family(MMDiT.tiny, mmdit, sample="x", time="t", scale=1),
     "our-dit": Family(DiT.tiny, dit, sample="x", time="t", scale=1),
+    "our-text-dit": Family(DiT.tiny_text, text_dit, sample="x", time="t", scale=1),
 }  # fmt: skip

@@ -7,9 +7,11 @@ Every entry of an order adds its sublayer's output to the tokens, with a norm, s
 `DiT` has the standard order with adaLN; encoders of text have learned norms and no gate. Any order, norm placement and
 sublayer goes through the same few lines.
 
+Cross-attention may be bare, `x <- x + factor * F(x)`, as in PixArt-alpha's blocks.
+
 Source: gates that start at zero, arXiv 2212.09748, section 3.2; the norm after the sum ("post"), arXiv 1706.03762,
 section 3.1, or before the sublayer and once more before the sum ("sandwich"), CogView, arXiv 2105.13290; streams with
-their own weights, arXiv 2403.03206, figure 2.
+their own weights, arXiv 2403.03206, figure 2; bare cross-attention, arXiv 2310.00426, figure 4.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -44,6 +46,7 @@ class TransformerBlock(nn.Module):
             blocks; none, learned norms and no gate.
         ffn_norm_eps: epsilon of the norm before a feed-forward layer.
         dropout: share of a sublayer's output that is dropped in training, in [0, 1).
+        bare_cross: cross-attention has neither norm nor shift, scale and gate.
         parts: other sublayers than self-attention, cross-attention and `FeedForward`.
 
     Example:
@@ -65,6 +68,7 @@ class TransformerBlock(nn.Module):
         modulation: Literal["own", "shared", "none"] = "own",
         ffn_norm_eps: float = EPS,
         dropout: float = 0.0,
+        bare_cross: bool = False,
         parts: Parts | None = None,
     ):
         super().__init__()
@@ -76,9 +80,9 @@ class TransformerBlock(nn.Module):
             raise UserError(
                 "a norm after the sum leaves no place for shift and scale; use norm pre, or modulation none"
             )
-        self.order, self.norm, self.ffn_norm_eps = read_order(order), norm, ffn_norm_eps
-        self.entries = entries_of(self.order)
-        count = len(self.entries)
+        self.norm, self.ffn_norm_eps, self.bare_cross = norm, ffn_norm_eps, bare_cross
+        self.set_order(order)
+        count = sum(place is not None for place in self.places)
         self.modulation = None
         if modulation != "none":
             self.modulation = (Modulation if modulation == "own" else ModulationTable)(width, count)
@@ -97,6 +101,12 @@ class TransformerBlock(nn.Module):
             self.out_norms = nn.ModuleList(nn.LayerNorm(width, EPS, elementwise_affine=learned) for _ in range(count))
         self.dropout = nn.Dropout(dropout) if dropout else None
 
+    def set_order(self, order: str | Order) -> None:
+        """In which order the sublayers, by their names, are to run; modules are not changed."""
+        self.order = read_order(order)
+        self.entries = entries_of(self.order)
+        self.places = normed_places(self.entries, self.bare_cross)
+
     def forward(self, x: Tensor, context: BlockContext) -> Tensor:
         """Tokens (B, N, D) to the same shape."""
         if self.modulation is None:
@@ -104,31 +114,33 @@ class TransformerBlock(nn.Module):
         else:
             assert context.activated is not None
             triples = self.modulation(context.activated)
-        for index, (entry, triple) in enumerate(zip(self.entries, triples)):
-            normed = self._before(x, index, triple)
+        for entry, place in zip(self.entries, self.places):
+            normed = x if place is None else self._before(x, entry, place, triples[place])
             update = _sum([self._part(name, normed, context) for name in entry.names])
-            x = self._after(x, update, index, triple)
+            if place is None:
+                x = torch.add(x, update, alpha=entry.factor)
+            else:
+                x = self._after(x, update, entry, place, triples[place])
         return x
 
     def _part(self, name: str, x: Tensor, context: BlockContext) -> Tensor:
         part = getattr(self, name)
         return part(x) if kind_of(name) == "ffn" else part(x, context)
 
-    def _before(self, x: Tensor, index: int, triple: Triple | None) -> Tensor:
+    def _before(self, x: Tensor, entry: Entry, place: int, triple: Triple | None) -> Tensor:
         if triple is not None:
-            return modulated_norm(x, triple.shift, triple.scale, norm_eps(self.entries[index], self.ffn_norm_eps))
-        return x if self.norm == "post" else self.norms[index](x)
+            return modulated_norm(x, triple.shift, triple.scale, norm_eps(entry, self.ffn_norm_eps))
+        return x if self.norm == "post" else self.norms[place](x)
 
-    def _after(self, x: Tensor, update: Tensor, index: int, triple: Triple | None) -> Tensor:
-        factor = self.entries[index].factor
+    def _after(self, x: Tensor, update: Tensor, entry: Entry, place: int, triple: Triple | None) -> Tensor:
         if self.norm == "sandwich":
-            update = self.out_norms[index](update)
+            update = self.out_norms[place](update)
         if self.dropout is not None:
             update = self.dropout(update)
         if triple is not None:
-            return gated_add(x, triple.gate, update, factor)
-        x = torch.add(x, update, alpha=factor)
-        return self.norms[index](x) if self.norm == "post" else x
+            return gated_add(x, triple.gate, update, entry.factor)
+        x = torch.add(x, update, alpha=entry.factor)
+        return self.norms[place](x) if self.norm == "post" else x
 
 
 class JointBlock(nn.Module):
@@ -146,8 +158,8 @@ class JointBlock(nn.Module):
 
     def __init__(self, width: int, heads: int, ffn_ratio: float = 4.0, order: str | Order = "standard"):
         super().__init__()
-        self.heads, self.order = heads, read_order(order)
-        self.entries = entries_of(self.order)
+        self.heads = heads
+        self.set_order(order)
         names = names_of(self.order)
         if any(kind_of(name) == "cross" for name in names):
             raise UserError("a joint block has no cross-attention: text and image meet in attn; leave cross out")
@@ -160,6 +172,11 @@ class JointBlock(nn.Module):
             else:
                 self.add_module(name, StreamAttention(width, width // heads))
                 self.add_module(f"{name}_text", StreamProjections(width, width // heads))
+
+    def set_order(self, order: str | Order) -> None:
+        """In which order the sublayers, by their names, are to run; modules are not changed."""
+        self.order = read_order(order)
+        self.entries = entries_of(self.order)
 
     def forward(self, text: Tensor, image: Tensor, context: BlockContext) -> Streams:
         """Text (B, M, D) and image (B, N, D) to the same shapes."""
@@ -179,6 +196,15 @@ class JointBlock(nn.Module):
             return Streams(part_text(text), part(image))
         image_out, text_out = part(image, self.heads, context, text=text, of_text=part_text)
         return Streams(text_out, image_out)
+
+
+def normed_places(entries: Sequence[Entry], bare_cross: bool) -> tuple[int | None, ...]:
+    """For each entry which norm (and triple) is its own, counted from 0; None = none, as bare cross-attention has."""
+    places: list[int | None] = []
+    for entry in entries:
+        is_bare = bare_cross and all(kind_of(name) == "cross" for name in entry.names)
+        places.append(None if is_bare else sum(place is not None for place in places))
+    return tuple(places)
 
 
 def norm_eps(entry: Entry, ffn_norm_eps: float) -> float:

@@ -87,8 +87,9 @@ def dit_to_diffusers(model: DiT) -> DiTTransformer2DModel:
         UserError: the model has something that diffusers' class has no place for.
     """
     config = dict(model.config)
-    if config["pooled_dim"]:
-        raise UserError("DiTTransformer2DModel has no place for a pooled condition; convert a DiT with pooled_dim 0")
+    for name in ("pooled", "text"):
+        if config[f"{name}_dim"]:
+            raise UserError(f"DiTTransformer2DModel has no place for a {name} condition; its {name}_dim must be 0")
     if not config["num_labels"]:
         raise UserError("DiTTransformer2DModel needs labels; convert a DiT with num_labels > 0")
     if config["ffn_ratio"] != FFN_RATIO:

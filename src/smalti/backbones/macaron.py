@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smalti.backbones.block import JointBlock, Parts, TransformerBlock
-from smalti.backbones.block_order import Order, entries_of, names_of, read_order
+from smalti.backbones.block_order import Order, names_of, read_order
 from smalti.core.errors import Refusal, UserError
 from smalti.nn.ffn import FeedForward
 from smalti.nn.modulation import Modulation, ModulationTable
@@ -55,21 +55,22 @@ def to_macaron(module: M) -> M:
     if isinstance(module, TransformerBlock | JointBlock):
         return _convert(module)  # type: ignore[return-value]
     model = copy.deepcopy(module)
-    order = None
+    block = None
     for parent in model.modules():
         for name, child in list(parent.named_children()):
             if isinstance(child, TransformerBlock | JointBlock):
-                order = read_order(child.order)
+                block = child
                 setattr(parent, name, _convert(child))
-    if order is None:
+    if block is None:
         raise Refusal(
             f"{type(module).__name__} has no TransformerBlock or JointBlock that could become a Macaron block"
         )
     shared = getattr(model, "shared_modulation", None)
     if isinstance(shared, Modulation):
-        model.shared_modulation = _regrouped(shared, _places(order))  # type: ignore[assignment]
+        model.shared_modulation = _regrouped(shared, _places(block))  # type: ignore[assignment]
     if isinstance(model, ConfigMixin):
-        new = _macaron_of(order)
+        is_bare = isinstance(block, TransformerBlock) and block.bare_cross  # then the text's width brings it in
+        new = tuple(entry for entry in _macaron_of(read_order(block.order)) if not (is_bare and entry[0] == "cross"))
         name = "macaron" if new == read_order("macaron") else [list(entry) for entry in new]
         model.register_to_config(block_order=name)
     return model
@@ -135,8 +136,7 @@ def refine(blocks: Sequence[nn.Module], times: int) -> list[TransformerBlock]:
         if not isinstance(block, TransformerBlock) or block.norm == "post":
             raise Refusal("a finer step needs TransformerBlocks whose norms stand before the sublayers")
         one = copy.copy(block)
-        one.order = tuple((sublayers, factor / times) for sublayers, factor in block.order)
-        one.entries = entries_of(one.order)
+        one.set_order(tuple((sublayers, factor / times) for sublayers, factor in block.order))
         finer += [one] * times
     return finer
 
@@ -205,9 +205,8 @@ def _convert(block: TransformerBlock | JointBlock) -> TransformerBlock | JointBl
     if isinstance(block, TransformerBlock) and block.norm != "pre":
         raise Refusal(f"a block with norms in {block.norm} cannot become a Macaron block: halves would be normed apart")
     new = copy.deepcopy(block)
-    new.order = _macaron_of(order)
-    new.entries = entries_of(new.order)
-    places = _places(order)
+    new.set_order(_macaron_of(order))
+    places = _places(block)
     for suffix, layer in layers.items():
         delattr(new, f"ffn{suffix}")
         for name, half in zip(("ffn_a", "ffn_b"), split_ffn(layer)):
@@ -233,10 +232,12 @@ def _macaron_of(order: Sequence[tuple[str, float]]) -> tuple[tuple[str, float], 
     return (("ffn", factor / 2), *others, ("ffn", factor / 2))
 
 
-def _places(order: Sequence[tuple[str, float]]) -> list[int]:
-    """For each entry of the new order the place of its origin in the old one."""
-    ffn = next(place for place, (sublayers, _) in enumerate(order) if sublayers == "ffn")
-    return [ffn, *(place for place in range(len(order)) if place != ffn), ffn]
+def _places(block: TransformerBlock | JointBlock) -> list[int]:
+    """For each entry of the new order that has a norm the place of its origin's norm in the old one."""
+    ffn = next(index for index, (sublayers, _) in enumerate(block.order) if sublayers == "ffn")
+    origins = [ffn, *(index for index in range(len(block.order)) if index != ffn), ffn]
+    places = block.places if isinstance(block, TransformerBlock) else range(len(block.order))
+    return [place for place in (places[origin] for origin in origins) if place is not None]
 
 
 def _regrouped(modulation: Any, places: Sequence[int]) -> Modulation | ModulationTable:

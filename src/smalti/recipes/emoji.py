@@ -8,13 +8,15 @@ cores; `gpu`: 16 x 16 tokens, all concepts, skin tones too.
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from smalti.backbones.dit import DiT
 from smalti.backbones.mmdit import MMDiT
+from smalti.core.errors import unknown_name
 from smalti.core.files import atomic_folder, check_writable
 from smalti.core.protocols import Latents
 from smalti.data.emoji import STYLES, EmojiSet, captions, load_emoji
@@ -34,6 +36,7 @@ from smalti.training.processes import join_processes
 from smalti.training.trainer import Trainer
 from smalti.zoo.loader import load_model, save_model, settings_hash, weights_hash
 
+BACKBONES = {"mmdit": MMDiT, "dit": DiT}
 SHIFTS = ((0, 0), (2, 0), (-2, 0), (0, 2), (0, -2))
 TOPICS_CPU = ("smileys", "animals", "food", "hearts", "clocks", "weather")
 GRID_PROMPTS = (
@@ -53,12 +56,14 @@ class EmojiRecipe:
         text_length: tokens of a prompt.
         autoencoder: arguments of `ConvAutoencoder`.
         autoencoder_training: its training.
-        transformer: arguments of `MMDiT`; channels, text widths and labels follow from the rest.
+        transformer: arguments of the backbone; channels, text widths and labels follow from the rest.
         training: the transformer's training.
         objective: path, times and weights of the transformer's loss.
         guidance: default guidance scale of the pipeline.
         size: of the pictures in pixels; the data set's variant has it.
         start: model of the zoo whose autoencoder is kept and whose transformer is trained on; none = from nothing.
+        backbone: mmdit, or dit with cross-attention to the text.
+        autoencoder_of: model of the zoo whose autoencoder is kept; none = that of `start`, or a new one.
         measured: held-out (concept, style) pairs that are drawn and judged at the end.
     """
 
@@ -75,6 +80,12 @@ class EmojiRecipe:
     size: int = 64
     start: str | None = None
     measured: int = 400
+    backbone: Literal["mmdit", "dit"] = "mmdit"
+    autoencoder_of: str | None = None
+
+    def __post_init__(self):
+        if self.backbone not in BACKBONES:
+            raise unknown_name("backbone", self.backbone, BACKBONES)
 
 
 PRESETS = {
@@ -132,7 +143,7 @@ def train(recipe: EmojiRecipe, out: Path, resume: bool = False, name: str = "emo
         unseen = latent_source(autoencoder, held_out, encoder, recipe.styles, out / "cache")
     torch.manual_seed(recipe.training.seed)
     pipe = TextToImagePipeline(
-        transformer=build_transformer(recipe, encoder.width),
+        transformer=build_transformer(recipe, encoder.width, autoencoder.latent_channels),
         autoencoder=autoencoder,
         scheduler=make_scheduler("euler"),
         text_encoder="minilm",
@@ -170,10 +181,11 @@ def train(recipe: EmojiRecipe, out: Path, resume: bool = False, name: str = "emo
 def train_autoencoder(recipe: EmojiRecipe, out: Path, resume: bool = False) -> ConvAutoencoder:
     """The trained autoencoder of `out / "autoencoder"`; trains it on all concepts if it is not there yet.
 
-    A recipe that starts from a model has that model's.
+    A recipe that starts from a model, or names one, has that model's.
     """
-    if recipe.start is not None:
-        return load_model(recipe.start).autoencoder.eval()
+    kept = recipe.autoencoder_of or recipe.start
+    if kept is not None:
+        return load_model(kept).autoencoder.eval()
     folder = out / "autoencoder"
     if not (folder / "config.json").is_file():
         torch.manual_seed(recipe.autoencoder_training.seed)
@@ -193,12 +205,12 @@ def held_out_psnr(autoencoder: ConvAutoencoder, recipe: EmojiRecipe) -> float:
     return round(reconstruction_psnr(autoencoder, pictures), 2)
 
 
-def build_transformer(recipe: EmojiRecipe, text_width: int) -> MMDiT:
-    """The untrained transformer, or the one that the recipe starts from."""
+def build_transformer(recipe: EmojiRecipe, text_width: int, channels: int) -> MMDiT | DiT:
+    """The untrained transformer for latents of so many channels, or the one that the recipe starts from."""
     if recipe.start is not None:
         return load_model(recipe.start).transformer
-    return MMDiT(
-        in_channels=recipe.autoencoder["latent_channels"],
+    return BACKBONES[recipe.backbone](
+        in_channels=channels,
         text_dim=text_width,
         pooled_dim=text_width,
         num_labels=len(recipe.styles),
