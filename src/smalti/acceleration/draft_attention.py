@@ -92,6 +92,11 @@ class DraftAttention(CoreMethod):
             cls(**small, dense_steps=0, guide="window", rule="row"),
         )
 
+    @classmethod
+    def candidates(cls, steps: int, speedup: float) -> "tuple[Self, ...]":
+        pools = ((1, 8, 16), (1, 4, 4), (1, 2, 2))
+        return tuple(cls(pool, sparsity, dense_steps=0.1) for sparsity in (0.9, 0.75, 0.5) for pool in pools)
+
     @property
     def is_neutral(self) -> bool:
         return self.sparsity == 0

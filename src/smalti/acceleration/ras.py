@@ -132,6 +132,20 @@ class RAS(TokensMethod):
             cls(ratio=0.5, start=2, end=11, resets=(), kv_cache=False, selection="random"),
         )
 
+    @classmethod
+    def candidates(cls, steps: int, speedup: float) -> "tuple[Self, ...]":
+        found = []
+        for start, count in ((4, 2), (4, 0), (2, 1), (6, 2)):
+            rest = steps - start - count
+            ratio = (
+                (steps / speedup - start - count) / rest if rest > 2 else 0.0
+            )  # dense steps cost 1, others the ratio
+            if 0.05 <= ratio < 1:
+                span = (steps - start) / (count + 1)
+                resets = tuple(start + round(span * number) for number in range(1, count + 1))
+                found += [cls(round(ratio, 2), start, resets=resets, metric=metric) for metric in ("std", "norm")]
+        return tuple(found)
+
     @property
     def is_neutral(self) -> bool:
         return min((self.ratio, *self.ratios)) == 1 and not self.ramp[0]

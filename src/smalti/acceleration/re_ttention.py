@@ -107,6 +107,15 @@ class ReTtention(CoreMethod):
             cls(density=0.1, full_steps=2, period=10, correction="none"),
         )
 
+    @classmethod
+    def candidates(cls, steps: int, speedup: float) -> "tuple[Self, ...]":
+        return tuple(
+            cls(density, full_steps=max(1, steps // 10), period=period, mask=mask)
+            for density in (0.031, 0.1, 0.25)
+            for period in (5, 10)
+            for mask in ("window", "band")
+        )
+
     @property
     def is_neutral(self) -> bool:
         return self.density == 1 or self.period == 1
