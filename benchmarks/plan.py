@@ -3,8 +3,9 @@
 The planner has half of the held-out captions of a shipped model for its search and the other half for its verdict.
 There stand beside it the plain ways of the same time or a little more: fewer steps with Euler and with DPM++ 2M, and
 guidance on a part of the interval. Of each: distance of the final latents to the plain run and to a reference of many
-steps, and the judge's score of its pictures. Ours is no worse than another if the 95 % interval of their paired
-difference over captions does not lie wholly on the wrong side.
+steps, and the judge's score of its pictures, which are drawn from all held-out captions with seeds of their own. Ours
+is no worse than another if the 95 % interval of their paired difference over captions does not lie wholly on the wrong
+side.
 """
 
 import time
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 
 from smalti.acceleration.plan import Plan
@@ -24,6 +26,7 @@ from smalti.seams.find import make_method
 from smalti.tasks.plan_pipeline import held_out_calls, open_pipeline
 from smalti.zoo.loader import provenance
 
+FIRST_SEED = 5000
 GAIN = 0.2
 """How much smaller our distance is to be than the smallest of the others."""
 
@@ -40,6 +43,7 @@ class Settings:
         batch: prompts in a call.
         count: captions, half of them for the verdict.
         reference: steps of the reference.
+        judged: pictures of each way that the judge sees; all held-out captions if there are fewer.
     """
 
     model: str = "emoji"
@@ -49,6 +53,7 @@ class Settings:
     batch: int = 8
     count: int = 64
     reference: int = 200
+    judged: int = 400
 
 
 @torch.no_grad()
@@ -84,23 +89,22 @@ def _one(pipe: Any, calls: list[dict[str, Any]], steps: int, settings: Settings,
     minutes = (time.monotonic() - started) / 60
     plain = Way(steps=steps)
     bench = Bench(pipe, calls[len(calls) // 2 :], plain, settings.batch)
-    reference = _latents(bench, Way(steps=settings.reference))
+    captions = enumerate(held_out_calls(settings.model, settings.judged), FIRST_SEED)
+    for_judge = Bench(pipe, [{**call, "seed": seed} for seed, call in captions], plain, settings.batch)
+    prompts = [call["prompt"] for call in for_judge.calls]
+    reference = _drawn(bench, Way(steps=settings.reference))
     rows = []
     for way, figures in _ways(pipe, found, plain):
-        latents = _latents(bench, way)
-        pixels = torch.cat(
-            [torch.from_numpy(bench.draw(way, batch, "np")) for batch in bench.batches(len(bench.calls))]
-        )
-        scores = judge(pixels.permute(0, 3, 1, 2) * 2 - 1, [call["prompt"] for call in bench.calls])
-        rows.append({
-            "way": way.name, **figures, "references": relative_distances(latents, reference), "scores": scores.tolist(),
-        })  # fmt: skip
+        pixels = torch.from_numpy(_drawn(for_judge, way, "np")).permute(0, 3, 1, 2) * 2 - 1
+        distances = relative_distances(torch.from_numpy(_drawn(bench, way)), torch.from_numpy(reference))
+        scores = judge(pixels, prompts).tolist()
+        rows.append({"way": way.name, **figures, "references": distances, "scores": scores})
     for row in rows:
         row |= {"reference": fmean(row["references"]), "judge": fmean(row["scores"])}
     checks = _checks(found, rows[1], rows[2:], minutes, settings)
-    shown = [{name: value for name, value in row.items() if name not in ("references", "scores")} for row in rows]
+    rows = [{name: value for name, value in row.items() if name not in ("references", "scores")} for row in rows]
     return {
-        "steps": steps, "speedup": settings.speedup, "minutes": minutes, "rows": shown, "checks": checks,
+        "steps": steps, "speedup": settings.speedup, "minutes": minutes, "rows": rows, "checks": checks,
         "methods": list(found.methods), "notes": list(found.notes),
     }  # fmt: skip
 
@@ -109,7 +113,7 @@ def _ways(pipe: Any, found: Plan, plain: Way) -> list[tuple[Way, dict[str, float
     """The plain run, the plan, and what stands beside it, with the figures of the plan."""
     fair = max(1.0, min(found.measured["speedup"], found.target["speedup"]))
     by_name = {way.name: way for way in plain_ways(pipe, plain, fair)}
-    ours = Way(tuple(make_method(words) for words in found.methods), found.drawn)
+    ours = by_name.get(found.way) or Way(tuple(make_method(words) for words in found.methods), found.drawn)
     others = [(by_name[one["way"]], _figures(one)) for one in found.alternatives]
     return [(plain, {"speedup": 1.0, "distance": 0.0}), (ours, _figures(found.measured)), *others]
 
@@ -118,8 +122,11 @@ def _figures(measured: Any) -> dict[str, float]:
     return {"speedup": measured["speedup"], "distance": measured["distance"]}
 
 
-def _latents(bench: Bench, way: Way) -> torch.Tensor:
-    return torch.cat([bench.draw(way, batch).float() for batch in bench.batches(len(bench.calls))])
+def _drawn(bench: Bench, way: Way, kind: str = "latent") -> np.ndarray:
+    """Latents or pictures of all prompts."""
+    starts = range(0, len(bench.calls), bench.batch)
+    parts = [range(start, min(start + bench.batch, len(bench.calls))) for start in starts]
+    return np.concatenate([np.asarray(bench.draw(way, part, kind), np.float32) for part in parts])
 
 
 def _checks(found: Plan, ours: dict, others: list[dict], minutes: float, settings: Settings) -> list[dict[str, Any]]:
