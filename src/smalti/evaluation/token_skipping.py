@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from smalti.backbones.mmdit import MMDiT
+from smalti.core.method import Method
 from smalti.core.protocols import Cond
-from smalti.core.tokens import TokensMethod
 from smalti.evaluation.held_out_prompts import Prompts, draw_latents
 from smalti.evaluation.timing import Ratio, paired_ratio
 from smalti.sampling.pipeline import TextToImagePipeline
@@ -26,7 +26,7 @@ def token_path(pipe: TextToImagePipeline, prompts: Prompts, steps: int) -> Tenso
     return torch.stack(path)
 
 
-def skipping_ratio(method: TokensMethod, side: int, steps: int, repeats: int = 4) -> Ratio:
+def skipping_ratio(method: Method, side: int, steps: int, repeats: int = 4) -> Ratio:
     """Seconds of Euler steps of a random MMDiT on side x side tokens, without the method over with it.
 
     The method stays on its copy of the model: tokens are read once for a shape, before what counts.
