@@ -5,40 +5,36 @@ the right factors all widths want the same rate. The claim: on small denoisers t
 less than 2 % of loss at width 128, and less than it does without muP.
 """
 
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from smalti.backbones.dit import DiT
-from smalti.core.protocols import Batch, Cond, TrainState
-from smalti.core.seeds import generators_for
+from smalti.core.protocols import Batch, Cond
 from smalti.core.system import Check, System, Verdict
 from smalti.evaluation.arms import run_arms
 from smalti.evaluation.paired import compare
 from smalti.evaluation.timing import paired_ratio
 from smalti.objectives.flow_matching import FlowMatching
-from smalti.recipes.emoji_arm import CHANNELS, GRID, TEXT_WIDTH, stock
+from smalti.recipes.emoji_arm import stock
+from smalti.recipes.emoji_widths import DEPTH, HEAD, NARROW, fixed_loss, is_plain_at_base, ready, train_width
 from smalti.training.bare_step import bare_step
-from smalti.training.config import TrainConfig
 from smalti.training.coordinate_check import coordinate_check
 from smalti.training.mup import MuP
 from smalti.training.rate_sweep import Sweep
-from smalti.training.trainer import Trainer
 
 SYSTEM = System(
     slug="mup",
     uses=(
         "training.mup.MuP", "training.coordinate_check.coordinate_check", "training.rate_sweep.Sweep",
-        "training.optimizers.Optimizers",
+        "training.optimizers.Optimizers", "recipes.emoji_widths.train_width",
     ),
     models=("emoji",),
     data=("emoji",),
 )  # fmt: skip
 KINDS = ("mup", "standard")
-NARROW, MIDDLE, WIDE, DEPTH, HEAD = 32, 64, 128, 4, 16
+WIDE, CHECKED = 128, (32, 64, 128, 256)
 RATES = (2e-3, 4e-3, 8e-3, 16e-3, 32e-3)
 STEPS = 250
 LIMIT = 0.02
@@ -58,11 +54,13 @@ def small(ctx) -> Verdict:
     limit = min(LIMIT, theirs)
     main = compare(costs["mup"], [limit] * len(ctx.seeds))
     ctx.say("coordinate check")
-    checked = {kind: coordinate_check(lambda width, kind=kind: _ready(kind, width, RATES[1]), _loss, (32, 64, 128, 256))
-               for kind in KINDS}  # fmt: skip
+    checked = {
+        kind: coordinate_check(lambda width, kind=kind: ready(kind, width, RATES[0]), fixed_loss, CHECKED, seeds=3)
+        for kind in KINDS
+    }
     steepest = {kind: one.steepest() for kind, one in checked.items()}
     ours = sweeps["mup"]
-    rate = ours.best(NARROW)
+    rate, is_plain = ours.best(NARROW), is_plain_at_base()
     return Verdict(
         measured=f"loss at width {WIDE} with the best rate of width {NARROW}, over that with its own best, less 1",
         unit="share of the loss",
@@ -80,8 +78,7 @@ def small(ctx) -> Verdict:
             Check("lowest loss of standard, wide", sweeps["standard"].mean(WIDE, sweeps["standard"].best(WIDE))),
             Check("steepest slope of activations", steepest["mup"][1], "|slope| < 0.1", checked["mup"].is_flat()),
             Check("the same, standard", steepest["standard"][1], "|slope| > 0.3", abs(steepest["standard"][1]) > 0.3),
-            Check("width = base is the plain model, bit for bit", str(_is_plain_at_base()), "equal",
-                  _is_plain_at_base()),
+            Check("width = base is the plain model, bit for bit", str(is_plain), "equal", is_plain),
         ),
         figures={
             "losses": {kind: {f"{w} {r:g}": one.losses[w, r] for w, r in one.losses} for kind, one in sweeps.items()},
@@ -125,54 +122,4 @@ def full(ctx) -> Verdict:
 def arm(name: str, seed: int, steps: int) -> dict[str, float]:
     """Trains one width at one rate and gives its held-out loss."""
     kind, width, rate = name.split()
-    config = TrainConfig(
-        steps=steps, batch=32, learning_rate=float(rate), warmup=steps // 10, decay="linear-cooldown", ema=0.98,
-        clip=None, weight_decay=0.0, seed=seed, eval_every=steps, eval_samples=698,
-    )  # fmt: skip
-    mu, shared = MuP(build, NARROW), stock()
-    torch.manual_seed(seed)
-    model = mu.model(int(width)) if kind == "mup" else build(int(width))
-    factors = mu.factors(model) if kind == "mup" else None
-    with tempfile.TemporaryDirectory(prefix="smalti-arm-") as folder:
-        trainer = Trainer(
-            model, FlowMatching(), shared.train, config, Path(folder), held_out=shared.held_out, factors=factors
-        )
-        return {"loss": trainer.fit().held_out_loss or float("inf")}
-
-
-def build(width: int) -> DiT:
-    """The denoiser of the arms."""
-    return DiT(
-        in_channels=CHANNELS, patch_size=1, depth=DEPTH, heads=width // HEAD, head_dim=HEAD, num_labels=4,
-        pooled_dim=TEXT_WIDTH, base_size=GRID[0],
-    )  # fmt: skip
-
-
-def _ready(kind: str, width: int, rate: float) -> tuple[nn.Module, torch.optim.Optimizer]:
-    mu = MuP(build, NARROW)
-    model = mu.model(width) if kind == "mup" else build(width)
-    groups = mu.groups(model, rate) if kind == "mup" else [{"params": list(model.parameters()), "lr": rate}]
-    return model, torch.optim.AdamW(groups, weight_decay=0.0)
-
-
-def _loss(model: nn.Module, step: int) -> Tensor:
-    """On the same samples at every width."""
-    rows = torch.arange(32 * step, 32 * step + 32)
-    batch = stock().train.batch(rows, generators_for(rows.tolist()))
-    return FlowMatching().loss(model, batch, TrainState(step), generators_for(rows.tolist())).loss
-
-
-def _is_plain_at_base() -> bool:
-    """Whether a few updates at the base width are those of the plain model from the same weights."""
-    mu = MuP(build, NARROW)
-    ours = mu.model(NARROW, seed=0)
-    plain = build(NARROW)
-    plain.load_state_dict(ours.state_dict())
-    for model, groups in ((ours, mu.groups(ours, 1e-3)), (plain, [{"params": list(plain.parameters()), "lr": 1e-3}])):
-        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-        for step in range(3):
-            _loss(model, step).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    pairs = zip(ours.state_dict().values(), plain.state_dict().values(), strict=True)
-    return all(torch.equal(one, other) for one, other in pairs)
+    return {"loss": train_width(kind, int(width), float(rate), seed, steps)}
