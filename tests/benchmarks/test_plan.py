@@ -14,7 +14,7 @@ def test_a_plan_stands_beside_plain_ways():
     assert any("dpm++" in one["way"] for one in others)
     assert any("guided" in one["way"] for one in others)
     assert all(0 < one["reference"] < 2 for one in (plain, ours, *others))
-    assert len(found["checks"]) == 5
+    assert len(found["checks"]) == 6
     text = plan.table(result)
     assert all(one["way"] in text for one in found["rows"])
 
