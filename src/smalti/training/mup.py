@@ -183,7 +183,7 @@ class MuP:
             if isinstance(layer, MuReadout):
                 with torch.no_grad():
                     layer.weight.mul_(layer.factor)
-                layer.__class__ = nn.Linear
+                layer.__class__ = nn.Linear  # type: ignore[assignment]
                 del layer.factor
         return plain
 
