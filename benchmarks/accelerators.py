@@ -22,6 +22,9 @@ from smalti.core.errors import NeverEngaged, Refusal, UserError
 from smalti.core.files import read_json, write_json
 from smalti.core.method import Method
 from smalti.evaluation.flops import count_flops
+from smalti.evaluation.full_size import flux_dev
+from smalti.evaluation.full_size_video import full_size_run
+from smalti.evaluation.timing import paired_ratio
 from smalti.evaluation.token_skipping import skipping_ratio
 from smalti.evaluation.ways import Bench, Way
 from smalti.seams.apply import apply
@@ -32,6 +35,12 @@ from smalti.zoo.loader import provenance, settings_hash
 BATCH = 8
 RANDOM_STEPS = 12
 REPEATS = 3
+FULL_STEPS = 28
+FULL = (
+    ("flux-dev", (1, 1024, 1024)), ("flux-dev", (1, 2048, 2048)), ("flux-dev", (1, 4096, 4096)),
+    ("wan-14b", (81, 480, 832)), ("ltx-2b", (161, 512, 768)), ("pixart-sigma", (1, 1024, 1024)),
+)  # fmt: skip
+"""Published shapes, with frames, height and width in pixels."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,7 @@ class Settings:
         sides: of the square grids of tokens on which a method is timed on a random model.
         minutes: after which nothing new is begun; what was measured is kept and not measured again.
         keep: json file of what was measured.
+        full: on a GPU, published shapes with random weights instead: seconds alone.
     """
 
     models: tuple[str, ...] = ("emoji", "emoji-1k", "clip")
@@ -57,6 +67,7 @@ class Settings:
     sides: tuple[int, ...] = (16, 32, 48)
     minutes: float = 30.0
     keep: str = "out/accelerators.kept.json"
+    full: bool = False
 
 
 class Kept:
@@ -85,7 +96,13 @@ class Kept:
 @torch.no_grad()
 def run(settings: Settings) -> dict[str, Any]:
     """The figures, with what they were measured on."""
+    if settings.full and not torch.cuda.is_available():
+        raise UserError("published shapes are timed on a GPU, and there is none; leave full out")
     kept = Kept(settings)
+    if settings.full:
+        full = _full(kept)
+        kept.bar.close()
+        return {"benchmark": "accelerators", "full": full, "models": [], "tokens": [], **provenance()}
     kinds = [kind for kind in methods() if kind.work == "less"]
     found = [_model(name, steps, kinds, settings, kept) for name in settings.models for steps in settings.steps]
     tokens = [_tokens(kind, settings, kept) for kind in kinds]
@@ -108,6 +125,10 @@ def table(result: dict[str, Any]) -> str:
         for row in sorted(one["rows"], key=lambda row: -row["speedup"]):
             figures = f"{row['speedup']:12.2f}  {row['distance']:8.4f}  {row['psnr']:5.1f}  {row['flops']:5.2f}"
             lines.append(f"  {figures}  {row['kept'] / 2**20:8.2f}  {row['way']}")
+    for one in result.get("full", []):
+        median, low, high, seconds = one["ratio"]
+        name = f"{one['model']} {one['size']}, dense {seconds:.2f} s"
+        lines.append(f"  {median:6.2f} [{low:.2f}, {high:.2f}] times faster  {name}  {one['method']}")
     lines.append("plain over ours in seconds on a random model, by tokens")
     for one in result["tokens"]:
         ratios = ", ".join(f"{count}: {ratio[0]:.2f}" for count, ratio in one["ratios"].items())
@@ -193,3 +214,35 @@ def _ratio(method: Method, side: int) -> list[float]:
     except (Refusal, NeverEngaged, UserError):
         return []
     return [found.median, found.low, found.high]
+
+
+def _full(kept: Kept) -> list[dict[str, Any]]:
+    """Methods on published shapes with random weights on a GPU: seconds of the dense compiled run over ours."""
+    device, found = torch.device("cuda"), []
+    for name, size in FULL:
+        kinds = [kind for kind in methods() if kind.work == "less" and kind.candidates(FULL_STEPS, 2.0)]
+        if name == "flux-dev":
+            model, run = flux_dev(device, size[1], FULL_STEPS)
+        else:
+            model, run = full_size_run(name, size, FULL_STEPS, device)
+        for kind in kinds:
+            method = kind.candidates(FULL_STEPS, 2.0)[0]
+            key = ["full", name, list(size), words_of(method)]
+            ratio = kept.of(key, lambda method=method, model=model, run=run: _full_ratio(method, model, run))
+            if ratio:
+                found.append({"model": name, "size": list(size), "method": words_of(method), "ratio": ratio})
+        del model, run
+        torch.cuda.empty_cache()
+    return found
+
+
+def _full_ratio(method: Method, model: Any, run: Callable[[], Any]) -> list[float]:
+    def ours() -> Any:
+        with apply(model, method):
+            return run()
+
+    try:
+        found = paired_ratio(run, ours, repeats=4, warmup=1)
+    except (Refusal, NeverEngaged, UserError):
+        return []
+    return [found.median, found.low, found.high, found.first]
