@@ -59,6 +59,17 @@ def page() -> str:
                 "of its others beats in both:\n\n| method | times faster | distance | PSNR | times fewer FLOPs | kept "
                 f"MiB | how |\n|---|---|---|---|---|---|---|\n{rows}\n"
             )
+        if result.get("full"):
+            rows = "\n".join(
+                f"| {one['model']} {' x '.join(map(str, one['size']))} | `{one['method']}` | {one['ratio'][3]:.2f} "
+                f"| {_ratio(one['ratio'])} |"
+                for one in result["full"]
+            )
+            parts.append(
+                f"## Published shapes, random weights\n\nSeconds alone ({where}).\n\n| model, frames x height x width "
+                f"| method | dense, seconds | times faster |\n|---|---|---|---|\n{rows}\n"
+            )
+            continue
         counts = list(dict.fromkeys(count for one in result["tokens"] for count in one["ratios"]))
         rows = "\n".join(
             f"| `{one['method']}` | " + " | ".join(_ratio(one["ratios"].get(count)) for count in counts)
@@ -149,4 +160,5 @@ if __name__ == "__main__":
     (DOCS / "accelerators.md").write_text(page(), encoding="utf-8")
     for recorded in results("accelerators"):
         draw_models(recorded)
-        draw_tokens(recorded)
+        if recorded["tokens"]:
+            draw_tokens(recorded)
