@@ -66,11 +66,7 @@ def test_figures_and_tables_are_current(name):
     assert script(name).updated(README) == README, "run make docs"
 
 
-def test_the_page_of_peers_is_current():
-    page = (ROOT / "docs" / "peers.md").read_text(encoding="utf-8")
-    assert script("update_peers").page() == page, "run make docs"
-
-
-def test_the_page_of_systems_is_current():
-    page = (ROOT / "docs" / "systems.md").read_text(encoding="utf-8")
-    assert script("update_systems").page() == page, "run make docs"
+@pytest.mark.parametrize("name", ["peers", "systems", "accelerators"])
+def test_pages_are_current(name):
+    page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    assert script(f"update_{name}").page() == page, "run make docs"

@@ -7,12 +7,20 @@ updates are scaled by `0.2 * sqrt(max(rows, columns))`, which gives them AdamW's
 Source: Muon, kellerjordan.github.io/posts/muon; scaling, arXiv 2502.16982, eq. 4; `torch.optim.Muon`.
 """
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from smalti.training.config import TrainConfig
+
+
+class Factors(NamedTuple):
+    """What a parameter's rate and decay are multiplied by."""
+
+    rate: float = 1.0
+    decay: float = 1.0
 
 
 class Optimizers:
@@ -21,10 +29,11 @@ class Optimizers:
     Args:
         model: its trainable parameters are optimised.
         config: optimizer, rates, decay and betas.
+        factors: on the rates and decays of parameters by name, such as muP's; 1 for those that are not named.
     """
 
-    def __init__(self, model: nn.Module, config: TrainConfig):
-        self.config = config
+    def __init__(self, model: nn.Module, config: TrainConfig, factors: Mapping[str, Factors] | None = None):
+        self.config, self.factors = config, dict(factors or {})
         self.names: dict[Tensor, str] = {
             parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad
         }
@@ -34,34 +43,39 @@ class Optimizers:
         embedded = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
         decayed = [parameter for parameter in rest if parameter.ndim > 1 and parameter not in embedded]
         plain = [parameter for parameter in rest if parameter.ndim <= 1 or parameter in embedded]
-        groups = [
-            {"params": decayed, "weight_decay": config.weight_decay},
-            {"params": plain, "weight_decay": 0.0},
-        ]
+        groups = [*self._grouped(decayed, config.weight_decay), *self._grouped(plain, 0.0)]
         fused = all(parameter.device.type in ("cpu", "cuda") for parameter in self.names)
         self.parts: list[torch.optim.Optimizer] = (
-            [
-                torch.optim.AdamW(
-                    [g for g in groups if g["params"]], lr=config.learning_rate, betas=config.betas, fused=fused
-                )
-            ]
-            if rest
-            else []
+            [torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=fused)] if rest else []
         )
         self.peaks = [config.learning_rate] * len(self.parts)
         if muon:
             peak = config.muon_rate or config.learning_rate
             self.parts.append(
-                torch.optim.Muon(muon, lr=peak, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
-            )
+                torch.optim.Muon(
+                    self._grouped(muon, config.weight_decay), lr=peak, weight_decay=config.weight_decay,
+                    adjust_lr_fn="match_rms_adamw",
+                )
+            )  # fmt: skip
             self.peaks.append(peak)
+
+    def _grouped(self, parameters: Sequence[Tensor], decay: float) -> list[dict[str, Any]]:
+        """Parameters by their factors."""
+        found: dict[Factors, list[Tensor]] = {}
+        for one in parameters:
+            name = self.names[one].removeprefix("denoiser.")  # an aligned model's denoiser has its own names
+            found.setdefault(self.factors.get(name, Factors()), []).append(one)
+        return [
+            {"params": some, "weight_decay": decay * factors.decay, "factor": factors.rate}
+            for factors, some in found.items()
+        ]
 
     def step(self, step: int) -> None:
         """One update with the rates of this step."""
         factor = self.config.rate(step)
         for part, peak in zip(self.parts, self.peaks):
             for group in part.param_groups:
-                group["lr"] = peak * factor
+                group["lr"] = peak * factor * group["factor"]
             part.step()
 
     def zero_grad(self) -> None:

@@ -27,7 +27,7 @@ from smalti.training.ema import EMA
 from smalti.training.held_out import HeldOut
 from smalti.training.interruption import Interruption
 from smalti.training.messages import say
-from smalti.training.optimizers import Optimizers
+from smalti.training.optimizers import Factors, Optimizers
 from smalti.training.processes import make_accelerator
 from smalti.training.progress import Journal
 from smalti.training.run_state import RunState, copy_weights, identity
@@ -77,6 +77,7 @@ class Trainer:
         on_sample: called as `on_sample(averaged model, step, folder)` by the main process every `sample_every` steps.
         description: facts that identify the training (recipe, data hash), in json types; others are refused on resume.
         losses: alignment terms added to the objective; the averaged model and the held-out loss know nothing of them.
+        factors: on rates and decays of parameters by name, such as muP's.
 
     Raises:
         UserError: the batch cannot be dealt out, the model cannot checkpoint gradients, the folder cannot be written.
@@ -99,6 +100,7 @@ class Trainer:
         on_sample: Callable[[nn.Module, int, Path], None] | None = None,
         description: Mapping[str, Any] | None = None,
         losses: Sequence[Alignment] = (),
+        factors: Mapping[str, Factors] | None = None,
     ):
         self.config, self.objective, self.out, self.on_sample = config, objective, Path(out), on_sample
         self.checkpoints = self.out / "checkpoints"
@@ -106,6 +108,7 @@ class Trainer:
         if config.gradient_checkpointing:
             enable_gradient_checkpointing(model)
         terms = {"losses": {term.name: dict(term.settings) for term in losses}} if losses else {}
+        terms |= {"factors": {name: list(one) for name, one in factors.items()}} if factors else {}
         self.identity = identity(model, objective, config, {"samples": len(source), **terms, **(description or {})})
         if losses:
             model = AlignedModel(model, losses)
@@ -113,7 +116,7 @@ class Trainer:
         self.model = self.accelerator.prepare_model(model)
         bare = self.accelerator.unwrap_model(self.model)
         ema = EMA(denoiser_of(bare), config.ema) if config.ema else None
-        self.state = RunState(bare, ema, Optimizers(bare, config))
+        self.state = RunState(bare, ema, Optimizers(bare, config, factors))
         if config.compile:
             bare.compile()
         self.train_step = TrainStep(self.accelerator, self.model, objective, source, config)
