@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import PixArtTransformer2DModel
+from peft import LoraConfig
 from torch import nn
 
 from smalti.backbones.dit import DiT
@@ -169,13 +170,15 @@ def test_the_trainers_optimizers_take_the_factors():
     }  # fmt: skip
 
 
-def test_adapters_count_as_finite_and_the_table_names_all():
+def test_of_lora_the_first_matrix_moves_as_its_layer_and_the_table_names_all():
     mu = MuP(dit, 16)
     model = mu.model(64)
-    model.blocks[0].attn.to_out.register_module("down", nn.Linear(64, 2))
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_out", "x_embedder"]))
     found = mu.factors(model)
-    assert found["blocks.0.attn.to_out.down.weight"] == Factors()
-    table = mu.table(model)
+    assert found["blocks.0.attn.to_out.lora_A.default.weight"] == Factors(0.25, 4.0)
+    assert found["blocks.0.attn.to_out.lora_B.default.weight"] == Factors()
+    assert found["x_embedder.lora_A.default.weight"] == Factors()  # it sums over channels
+    table = mu.table(mu.model(64))
     assert table["base"] == 16
     assert table["parameters"]["proj_out.weight"] == {"kind": "output", "ratio": 4.0}
 

@@ -99,7 +99,8 @@ class MuP:
         return self.initialise(self.set_readouts(self.build(width)))
 
     def scaled(self, model: nn.Module) -> dict[str, Scaled]:
-        """Every parameter's kind and ratio; parameters that the base has not, such as adapters, count as finite."""
+        """Every parameter's kind and ratio; what the base has not counts as finite, but for LoRA's first matrices, which
+        sum over the width as the layers do that they belong to."""
         owners = {f"{path}.{name}".lstrip("."): module for path, module in model.named_modules()
                   for name, _ in module.named_parameters(recurse=False)}  # fmt: skip
         found = {}
@@ -108,6 +109,9 @@ class MuP:
             ratios = [size / base for size, base in zip(parameter.shape, self.shapes.get(name, ()))]
             is_matrix = isinstance(owners[name], MATRICES) and parameter.ndim > 1
             found[name] = _scaled(grows, ratios, is_matrix)
+            owner, _, adapter = name.partition(".lora_A.")
+            if adapter and self.grows.get(f"{owner}.weight", ())[1:2] == (True,):
+                found[name] = Scaled("hidden", parameter.shape[1] / self.shapes[f"{owner}.weight"][1])
         return found
 
     @torch.no_grad()

@@ -1,0 +1,163 @@
+"""The tokenizer's players: who gets which gradient, adaptive weights, delayed start, normalised latents."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from smalti.core.errors import UserError
+from smalti.core.protocols import Cond
+from smalti.evaluation.vgg import VGG16
+from smalti.tokenizers.conv_autoencoder import ConvAutoencoder
+from smalti.training.config import TrainConfig
+from smalti.training.progress import read_log
+from smalti.training.tokenizer import (
+    LatentTerm,
+    Players,
+    TokenizerSettings,
+    balance,
+    fit_tokenizer,
+    last_convolution,
+)
+
+SMALL = TokenizerSettings(perceptual=0.0, kl=1e-3, critic=0.5, critic_from=2, critic_width=8, critic_halvings=1)
+
+
+class Discs:
+    """Pictures of 16 pixels with a disc of some colour."""
+
+    def __init__(self, count=24):
+        rows, columns = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
+        disc = ((rows - 8) ** 2 + (columns - 8) ** 2 < 25).float()
+        colours = torch.rand(count, 3, 1, 1, generator=torch.Generator().manual_seed(0))
+        self.table = colours * disc * 2 - 1
+
+    def __len__(self):
+        return len(self.table)
+
+    def pixels(self, indices):
+        return self.table[list(indices)]
+
+
+class Pull(LatentTerm):
+    """Draws latents to 1."""
+
+    name = "pull"
+
+    def __init__(self):
+        super().__init__()
+        self.place = nn.Parameter(torch.ones(()))
+
+    @property
+    def settings(self):
+        return {"to": 1}
+
+    @property
+    def weight(self):
+        return 0.5
+
+    def forward(self, latents, cond):
+        return (latents - self.place).square().mean()
+
+
+def autoencoder():
+    torch.manual_seed(0)
+    return ConvAutoencoder(4, 4, (8, 8), (1, 1), (1, 1))
+
+
+def players(**changes):
+    terms = changes.pop("terms", ())
+    return Players(autoencoder(), replace(SMALL, **changes), terms)
+
+
+def gradients(model, step):
+    model.zero_grad()
+    pixels, noise = Discs(6).table, torch.randn(6, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    out = model(pixels, noise, Cond(), step)
+    out.loss.backward()
+    return out, {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
+
+
+def test_before_its_step_the_critic_changes_nothing():
+    early, got = gradients(players(), 1)
+    plain, expected = gradients(players(critic=0.0), 1)
+    assert torch.equal(early.loss, plain.loss)
+    assert all(torch.equal(got[name], one) for name, one in expected.items())
+    assert all(not one.any() for name, one in got.items() if name.startswith("critic"))
+    assert "critic" not in early.metrics
+
+
+def test_from_its_step_on_each_player_gets_its_own_gradient():
+    model = players()
+    with torch.no_grad():
+        last_convolution(model.autoencoder.decoder).weight.normal_(0, 0.1)  # at zero nothing reaches the layers before
+    out, got = gradients(model, 2)
+    pixels, noise = Discs(6).table, torch.randn(6, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    made = model.autoencoder(pixels, noise).pixels.detach()
+    own = 0.5 * ((1 - model.critic(pixels)).relu().mean() + (1 + model.critic(made)).relu().mean())
+    for (name, parameter), expected in zip(
+        model.critic.named_parameters(), torch.autograd.grad(own, list(model.critic.parameters())), strict=True
+    ):
+        torch.testing.assert_close(got[f"critic.{name}"], expected, msg=name)
+        assert parameter.requires_grad
+    torch.testing.assert_close(out.metrics["critic"], own.detach())
+    _, without = gradients(replace_critic(model, 0.0), 2)
+    assert not torch.allclose(got["autoencoder.decoder.0.weight"], without["autoencoder.decoder.0.weight"])
+
+
+def replace_critic(model, weight):
+    model.chosen = replace(model.chosen, critic=weight)
+    return model
+
+
+def test_the_adversarial_gradient_is_as_large_as_the_others_times_its_weight():
+    torch.manual_seed(0)
+    layer = nn.Conv2d(3, 3, 1)
+    x = torch.randn(2, 3, 4, 4)
+    one, other = layer(x).square().mean(), 100 * layer(x).mean()
+    weight = balance(one, other, layer, 1e4)
+    first, second = (torch.autograd.grad(loss, layer.weight, retain_graph=True)[0].norm() for loss in (one, other))
+    torch.testing.assert_close(weight * second, first, rtol=1e-3, atol=1e-6)
+    assert not weight.requires_grad
+    assert balance(one, 1e-12 * other, layer, 50.0) == 50.0
+
+
+def test_terms_are_weighed_at_the_encoder_and_train_their_own_weights():
+    model = players(terms=[Pull()], critic=0.0)
+    out, got = gradients(model, 0)
+    assert got["terms.0.place"].abs() > 0
+    pixels, noise = Discs(6).table, torch.randn(6, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    made = model.autoencoder(pixels, noise)
+    nll = (made.pixels - pixels).abs().mean()
+    latents = made.mean + (0.5 * made.logvar).exp() * noise
+    term = model.terms[0](latents, Cond())
+    expected = balance(nll, term, last_convolution(model.autoencoder.encoder), 1e8)
+    torch.testing.assert_close(out.metrics["pull, weight"], expected)
+
+
+def test_a_training_sharpens_resumes_and_leaves_normalised_latents(tmp_path):
+    config = TrainConfig(steps=6, batch=8, learning_rate=2e-3, ema=0.5, log_every=1, save_every=3)
+    model, pictures = autoencoder(), Discs()
+    settings = replace(SMALL, perceptual=0.1)
+    report = fit_tokenizer(model, pictures, config, tmp_path / "one", settings, terms=[Pull()], network=VGG16())
+    rows = read_log(report.curve)
+    assert ["critic" in row for row in rows] == [False, False, True, True, True, True]
+    assert {"psnr", "kl", "vgg distance", "pull", "critic, weight"} <= rows[-1].keys()
+    latents = model.encode(pictures.pixels(range(24))).tensor
+    assert abs(latents.mean()) < 0.1
+    assert latents.std() == pytest.approx(1.0, abs=0.15)
+    assert not any("critic" in name or "terms" in name for name in model.state_dict())
+    again = autoencoder()
+    half = replace(config, steps=6, minutes=1e-9)
+    fit_tokenizer(again, pictures, half, tmp_path / "two", settings, terms=[Pull()], network=VGG16())
+    fit_tokenizer(again, pictures, config, tmp_path / "two", settings, terms=[Pull()], network=VGG16(), resume=True)
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(UserError, match="kl is -1"):
+        TokenizerSettings(kl=-1)
+    with pytest.raises(UserError, match="multiple of 8"):
+        TokenizerSettings(critic_width=4)
+    with pytest.raises(UserError, match="no convolution"):
+        last_convolution(nn.Linear(2, 2))
