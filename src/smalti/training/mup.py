@@ -99,8 +99,10 @@ class MuP:
         return self.initialise(self.set_readouts(self.build(width)))
 
     def scaled(self, model: nn.Module) -> dict[str, Scaled]:
-        """Every parameter's kind and ratio; what the base has not counts as finite, but for LoRA's first matrices, which
-        sum over the width as the layers do that they belong to."""
+        """Every parameter's kind and ratio; what the base has not counts as finite.
+
+        LoRA's first matrices are the exception: they sum over the width as the layers do that they belong to.
+        """
         owners = {f"{path}.{name}".lstrip("."): module for path, module in model.named_modules()
                   for name, _ in module.named_parameters(recurse=False)}  # fmt: skip
         found = {}

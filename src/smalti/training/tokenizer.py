@@ -142,10 +142,11 @@ class Players(nn.Module):
         loss = nll + self.chosen.kl * divergence
         latents = out.mean + (0.5 * out.logvar).exp() * noise
         for term in self.terms:
-            value = term(latents, cond)  # type: ignore[operator]
+            assert isinstance(term, LatentTerm)
+            value = term(latents, cond)
             weight = balance(nll, value, self._ends[0], LARGEST_TERM_WEIGHT)
-            loss = loss + term.weight * weight * value  # type: ignore[operator]
-            metrics |= {term.name: value, f"{term.name}, weight": weight}  # type: ignore[dict-item]
+            loss = loss + term.weight * weight * value
+            metrics |= {term.name: value, f"{term.name}, weight": weight}
         if self.critic is not None:
             loss = loss + self._play(out.pixels, pixels, nll, step, metrics)
         return PlayersOutput(loss, {name: value.detach() for name, value in metrics.items()})
@@ -160,7 +161,8 @@ class Players(nn.Module):
         critic = self.critic
         assert critic is not None
         if step < self.chosen.critic_from:
-            return 0.0 * sum(parameter.sum() for parameter in critic.parameters())  # every process sees all gradients
+            idle = torch.stack([parameter.sum() for parameter in critic.parameters()])
+            return 0.0 * idle.sum()  # every process sees all gradients
         frozen = {name: parameter.detach() for name, parameter in critic.named_parameters()}
         adversarial = -functional_call(critic, frozen, (made,)).mean()
         weight = balance(nll, adversarial, self._ends[1], LARGEST_WEIGHT)
