@@ -32,7 +32,7 @@ def table() -> str:
         if one.page is None:
             continue
         records = [r for name, r in catalogue.verdicts(one.system.slug).items() if ".full." not in name]
-        found = _numbers(records[0]["verdict"]) if records else "not yet run"
+        found = _short(records[0]["verdict"]) if records else "not yet run"
         rows.append(f"| `{one.system.slug}` | {one.system.summary} | {catalogue.state(one)} | {found} |")
     planned = sum(one.page is None for one in entries)
     return "\n".join([*rows, "", f"{planned} more are planned; [docs/systems.md](docs/systems.md) lists them."]) + "\n"
@@ -68,6 +68,14 @@ def _section(one: catalogue.Entry, facts: dict[str, Any]) -> list[str]:
             lines.append(f"| {check['name']} | {_shown(check['value'])} | {check['rule']} | {mark} |")
         lines.append("")
     return lines
+
+
+def _short(verdict: dict[str, Any]) -> str:
+    """Ours beside the comparators that the rule names, or beside the two nearest."""
+    others = verdict["comparators"]
+    named = [name for name in others if name in verdict["rule"]]
+    nearest = sorted(others, key=lambda name: abs(others[name] - verdict["ours"]))[:2]
+    return _numbers(verdict | {"comparators": {name: others[name] for name in named or nearest}})
 
 
 def _numbers(verdict: dict[str, Any]) -> str:
