@@ -64,7 +64,7 @@ class Settings:
     speedups: tuple[float, ...] = (1.5, 2.0, 3.0)
     offers: int = 3
     count: int = 8
-    sides: tuple[int, ...] = (16, 32, 48)
+    sides: tuple[int, ...] = (16, 32)
     minutes: float = 30.0
     keep: str = "out/accelerators.kept.json"
     full: bool = False
@@ -104,8 +104,8 @@ def run(settings: Settings) -> dict[str, Any]:
         kept.bar.close()
         return {"benchmark": "accelerators", "full": full, "models": [], "tokens": [], **provenance()}
     kinds = [kind for kind in methods() if kind.work == "less"]
-    found = [_model(name, steps, kinds, settings, kept) for name in settings.models for steps in settings.steps]
     tokens = [_tokens(kind, settings, kept) for kind in kinds]
+    found = [_model(name, steps, kinds, settings, kept) for name in settings.models for steps in settings.steps]
     kept.bar.close()
     return {
         "benchmark": "accelerators",
