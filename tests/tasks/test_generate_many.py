@@ -60,6 +60,16 @@ def test_nothing_is_overwritten(asked):
     with pytest.raises(UserError, match="no picture of ours"):
         draw_all(request)
     assert (request.out / "000000.png").read_text() == "a letter"
+    (request.out / "pictures.jsonl").write_text("of other things")
+    with pytest.raises(UserError, match="list of other pictures"):
+        draw_all(request)
+    assert (request.out / "pictures.jsonl").read_text() == "of other things"
+
+
+def test_lines_may_be_added(asked):
+    draw_all(asked(lines=PROMPTS[:2]))
+    done = draw_all(asked(lines=PROMPTS[:4]))
+    assert (done["pictures"], done["drawn"]) == (4, 2)
 
 
 def test_lines_may_have_arguments_of_their_own(asked, tmp_path):
@@ -81,6 +91,9 @@ def test_lines_may_have_arguments_of_their_own(asked, tmp_path):
         ({"out": "a.png"}, "looks like a file"),
         ({"style": "cubist"}, "cubist"),
         ({"cluster": "slurm"}, "ray"),
+        ({"cluster": "ray", "workers": 0}, "workers is 0"),
+        ({"cluster": "ray", "solver": "eular"}, "euler"),
+        ({"cluster": "ray", "methods": ("grit",)}, "grat"),
         ({"methods": ("grit",)}, "grat"),
     ],
 )

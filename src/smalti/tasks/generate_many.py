@@ -68,8 +68,9 @@ class Request:
     workers: int = 2
 
     def __post_init__(self):
-        if self.steps < 1:
-            raise UserError(f"steps is {self.steps}; it must be a whole number from 1")
+        for name in ("steps", "workers"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be a whole number from 1")
         if self.out.suffix:
             raise UserError(f"{self.out} looks like a file; for a file of prompts --out is a folder")
 
@@ -81,12 +82,15 @@ def draw_all(request: Request) -> dict[str, Any]:
         json: `folder`, `list`, number of `pictures`, how many of them were `drawn` now, and the `seconds`.
 
     Raises:
-        UserError: the prompts cannot be read, an argument or style is unknown, or a file of the folder is another
-            picture.
+        UserError: the prompts cannot be read, an argument, style, solver or method is unknown, or a file of the
+            folder is another picture or list.
     """
     out = request.out.resolve()  # workers may stand elsewhere
     check_creatable(out / LIST)
+    scheduler, methods = make_scheduler(request.solver), read_methods(request.methods)  # mistakes show here, not there
     wanted = _wanted(request, out)
+    listed = _list(wanted)
+    _check_list(out / LIST, listed)
     settings = {"model": request.model, "steps": request.steps, "solver": request.solver, "guidance": request.guidance}
     settings |= {"methods": list(request.methods)} if request.methods else {}
     missing = [(file, call) for file, call in wanted if not _is_drawn(file, settings | call)]
@@ -95,12 +99,12 @@ def draw_all(request: Request) -> dict[str, Any]:
     started = time.perf_counter()
     with tqdm(total=len(missing), desc="drawing", unit="picture", disable=None) as bar:
         for index, _ in run_all(
-            lambda: _drawer(request, settings), pieces, request.cluster, request.workers, gpus=torch.cuda.is_available()
-        ):
+            lambda: _drawer(request, settings, scheduler, methods), pieces, request.cluster, request.workers,
+            gpus=torch.cuda.is_available(),
+        ):  # fmt: skip
             bar.update(len(pieces[index]))
     with atomic_file(out / LIST) as file:
-        rows = [json.dumps({"file": path.name, **call}, ensure_ascii=False) for path, call in wanted]
-        file.write_text("\n".join(rows) + "\n", encoding="utf-8")
+        file.write_text(listed, encoding="utf-8")
     seconds = round(time.perf_counter() - started, 3)
     return {
         "folder": str(request.out), "list": str(request.out / LIST), "pictures": len(wanted), "drawn": len(missing),
@@ -123,6 +127,17 @@ def _wanted(request: Request, out: Path) -> list[tuple[Path, dict[str, Any]]]:
             )
     digits = max(6, len(str(len(calls) - 1)))
     return [(out / f"{index:0{digits}}.png", call) for index, call in enumerate(calls)]
+
+
+def _list(wanted: list[tuple[Path, dict[str, Any]]]) -> str:
+    """The list of all pictures, a json object a line."""
+    return "".join(json.dumps({"file": path.name, **call}, ensure_ascii=False) + "\n" for path, call in wanted)
+
+
+def _check_list(file: Path, listed: str) -> None:
+    """Raises `UserError` if there is a list, and it is not the beginning of this one."""
+    if file.exists() and not listed.startswith(file.read_text(encoding="utf-8", errors="replace")):
+        raise UserError(f"{file} is the list of other pictures; choose another --out, or move it away")
 
 
 def _is_drawn(file: Path, settings: dict[str, Any]) -> bool:
@@ -150,12 +165,11 @@ def _shared(call: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in call.items() if name not in ("prompt", "style", "seed")}
 
 
-def _drawer(request: Request, settings: dict[str, Any]) -> Callable[[Piece], int]:
+def _drawer(request: Request, settings: dict[str, Any], scheduler: Any, methods: list[Any]) -> Callable[[Piece], int]:
     """Loads the model and gives the function that draws a piece and writes its files."""
     pipe = load_model(request.model, "cuda" if torch.cuda.is_available() else "cpu")
-    pipe.register_modules(scheduler=make_scheduler(request.solver))
+    pipe.register_modules(scheduler=scheduler)
     pipe.set_progress_bar_config(disable=True)
-    methods = read_methods(request.methods)
     if methods:
         apply(pipe, *methods)
 
