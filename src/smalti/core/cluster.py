@@ -65,7 +65,7 @@ def _on_ray(
     prepare: Callable[[], Callable[[Item], Result]], items: Sequence[Item], workers: int, gpus: int
 ) -> Iterator[tuple[int, Result]]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's next default, of which it warns otherwise
     try:
         import ray  # type: ignore[reportMissingImports]
         from ray.exceptions import RayActorError, RayTaskError  # type: ignore[reportMissingImports]
@@ -89,11 +89,14 @@ def _on_ray(
             index, worker = running.pop(done)
             idle.append(worker)
             try:
-                yield index, ray.get(done)
+                result = ray.get(done)
             except RayTaskError as error:
                 raise error.cause from error
             except RayActorError as error:
-                raise UserError(f"a worker died {RESTARTS + 1} times; see why in Ray's log: {error}") from error
+                raise UserError(
+                    f"a worker cannot be started, or died {RESTARTS + 1} times; see why in Ray's log: {error}"
+                ) from error
+            yield index, result
     finally:
         if is_ours:
             ray.shutdown()
