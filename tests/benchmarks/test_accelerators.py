@@ -1,8 +1,12 @@
 """`smalti bench accelerators` on a tiny setting: every method is found, nothing is measured twice."""
 
+from dataclasses import replace
+
 import pytest
+import torch
 
 from smalti.core.discovery import load_benchmark
+from smalti.evaluation import full_size_video
 
 accelerators = load_benchmark("accelerators")
 
@@ -31,6 +35,20 @@ def test_methods_stand_beside_plain_ways_and_are_measured_once(settings, monkeyp
     again = accelerators.run(settings)
     assert again["models"] == result["models"]
     assert again["tokens"] == result["tokens"]
+
+
+def test_published_shapes_are_timed(settings, monkeypatch):
+    config = {"num_layers": 2, "num_attention_heads": 1, "ffn_dim": 32, "attention_head_dim": 16}
+    shape = full_size_video.SHAPES["wan-1.3b"]
+    small = replace(shape, config={**shape.config, **config}, text=(3, 4096))
+    monkeypatch.setitem(full_size_video.SHAPES, "wan-1.3b", small)
+    monkeypatch.setattr(accelerators, "FULL", (("wan-1.3b", (5, 32, 48)),))
+    monkeypatch.setattr(accelerators, "FULL_STEPS", 8)
+    found = accelerators._full(accelerators.Kept(settings), torch.device("cpu"))
+    assert any(one["method"].startswith("taylorseer") for one in found)
+    assert all(one["model"] == "wan-1.3b" and len(one["ratio"]) == 4 for one in found)
+    text = accelerators.table({"models": [], "tokens": [], "full": found})
+    assert "wan-1.3b [5, 32, 48]" in text
 
 
 def test_without_time_nothing_is_begun(settings, tmp_path):

@@ -7,13 +7,14 @@ import torch
 
 from smalti.core.errors import UserError
 from smalti.evaluation import full_size_video
-from smalti.evaluation.full_size_video import SHAPES, full_size_run
+from smalti.evaluation.full_size_video import SHAPES, blocks_of, full_size_run
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_parameters_are_those_of_the_published_weights(name):
     model = SHAPES[name].build("meta")
     assert sum(one.numel() for one in model.parameters()) == pytest.approx(SHAPES[name].parameters, rel=2e-3)
+    assert len(blocks_of(model)) == SHAPES[name].config["num_layers"]
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,11 @@ SHAPES: dict[str, Shape] = {
 """By name."""
 
 
+def blocks_of(model: nn.Module) -> nn.ModuleList:
+    """The blocks of a model of `SHAPES`; diffusers does not say for all of them which repeat."""
+    return model.get_submodule("blocks" if hasattr(model, "blocks") else "transformer_blocks")  # type: ignore[return-value]
+
+
 def full_size_run(
     name: str, size: Size, steps: int, device: torch.device, dtype: torch.dtype = torch.bfloat16
 ) -> tuple[nn.Module, Callable[[], Tensor]]:
@@ -118,7 +123,8 @@ def full_size_run(
     model, given = shape.build(device, dtype), {"device": device, "dtype": dtype}
     text, noise = torch.randn(1, *shape.text, **given), torch.randn(1, *shape.latents(*size), **given)
     if device.type == "cuda":
-        model.compile_repeated_blocks()  # type: ignore[operator]  # diffusers' models have it
+        for block in blocks_of(model):
+            block.compile()
 
     @torch.no_grad()
     def run() -> Tensor:
