@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,15 +100,19 @@ def run(settings: Settings) -> dict[str, Any]:
         raise UserError("published shapes are timed on a GPU, and there is none; leave full out")
     kept = Kept(settings)
     if settings.full:
-        full = _full(kept)
+        full = _full(kept, torch.device("cuda"))
         kept.bar.close()
-        return {"benchmark": "accelerators", "full": full, "models": [], "tokens": [], **provenance()}
+        return {
+            "benchmark": "accelerators", "settings": asdict(settings), "full": full, "models": [], "tokens": [],
+            **provenance(),
+        }  # fmt: skip
     kinds = [kind for kind in methods() if kind.work == "less"]
     tokens = [_tokens(kind, settings, kept) for kind in kinds]
     found = [_model(name, steps, kinds, settings, kept) for name in settings.models for steps in settings.steps]
     kept.bar.close()
     return {
         "benchmark": "accelerators",
+        "settings": asdict(settings),
         "models": found,
         "tokens": [one for one in tokens if one["ratios"]],
         "is_whole": time.monotonic() < kept.deadline,
@@ -216,9 +220,9 @@ def _ratio(method: Method, side: int) -> list[float]:
     return [found.median, found.low, found.high]
 
 
-def _full(kept: Kept) -> list[dict[str, Any]]:
-    """Methods on published shapes with random weights on a GPU: seconds of the dense compiled run over ours."""
-    device, found = torch.device("cuda"), []
+def _full(kept: Kept, device: torch.device) -> list[dict[str, Any]]:
+    """Methods on published shapes with random weights: seconds of the dense run, compiled on a GPU, over ours."""
+    found = []
     for name, size in FULL:
         kinds = [kind for kind in methods() if kind.work == "less" and kind.candidates(FULL_STEPS, 2.0)]
         if name == "flux-dev":

@@ -9,7 +9,7 @@ side.
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
@@ -65,7 +65,9 @@ def run(settings: Settings) -> dict[str, Any]:
     calls = held_out_calls(settings.model, settings.count)
     judge = JudgeReward()
     plans = [_one(pipe, calls, steps, settings, judge) for steps in settings.steps]
-    return {"benchmark": "plan", "model": settings.model, "plans": plans, **provenance()}
+    return {
+        "benchmark": "plan", "model": settings.model, "settings": asdict(settings), "plans": plans, **provenance()
+    }  # fmt: skip
 
 
 def table(result: dict[str, Any]) -> str:
