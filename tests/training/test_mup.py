@@ -11,7 +11,7 @@ from smalti.backbones.mmdit import MMDiT
 from smalti.core.errors import Refusal, UserError
 from smalti.core.protocols import Cond
 from smalti.training.config import TrainConfig
-from smalti.training.mup import MuP, MuReadout
+from smalti.training.mup import MuP, MuReadout, Scaled
 from smalti.training.optimizers import Factors, Optimizers
 
 
@@ -181,6 +181,23 @@ def test_of_lora_the_first_matrix_moves_as_its_layer_and_the_table_names_all():
     table = mu.table(mu.model(64))
     assert table["base"] == 16
     assert table["parameters"]["proj_out.weight"] == {"kind": "output", "ratio": 4.0}
+
+
+class Experts(nn.Module):
+    """Two experts in one parameter (E, in, out)."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.enter = nn.Linear(3, width)
+        self.weights = nn.Parameter(torch.zeros(2, width, 2 * width))
+
+
+def test_stacked_experts_are_hidden_and_drawn_by_their_owner():
+    mu = MuP(Experts, 16)
+    assert mu.scaled(Experts(64))["weights"] == Scaled("hidden", 4.0)
+    assert mu.factors(Experts(64))["weights"] == Factors(0.25, 4.0)
+    with pytest.raises(Refusal, match="weights is a table of matrices of Experts"):
+        mu.model(64)
 
 
 def test_what_grows_otherwise_is_refused():

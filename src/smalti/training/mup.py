@@ -93,7 +93,10 @@ class MuP:
         }
 
     def model(self, width: int, seed: int | None = None) -> nn.Module:
-        """A model of this width with its readouts and fresh weights."""
+        """A model of this width with its readouts and fresh weights.
+
+        The readouts' factors are not saved with the weights: `fold` the trained model before it is.
+        """
         if seed is not None:
             torch.manual_seed(seed)
         return self.initialise(self.set_readouts(self.build(width)))
@@ -118,13 +121,19 @@ class MuP:
 
     @torch.no_grad()
     def initialise(self, model: nn.Module) -> nn.Module:
-        """Draws weights whose size follows the table; gains of norms are left as they are."""
+        """Draws weights whose size follows the table; gains of norms are left as they are.
+
+        Raises:
+            Refusal: a parameter grows along two axes and belongs to no layer that says over which of them it sums.
+        """
         owners = dict(model.named_modules())
         for name, one in self.scaled(model).items():
             path, _, leaf = name.rpartition(".")
             parameter, owner = model.get_parameter(name), owners[path]
             if one.kind == "output" or leaf == "bias":
                 parameter.zero_()
+            elif one.kind == "hidden" and not isinstance(owner, MATRICES):
+                raise Refusal(f"{name} is a table of matrices of {type(owner).__name__}: draw it by its own fan-in")
             elif isinstance(owner, MATRICES):
                 nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
             elif isinstance(owner, nn.Embedding) or (parameter.ndim > 1 or leaf == "table"):
@@ -198,9 +207,9 @@ def _scaled(grows: tuple[bool, ...], ratios: list[float], is_matrix: bool) -> Sc
     growing = [ratio for ratio, one in zip(ratios, grows) if one]
     if not growing:
         return Scaled("finite", 1.0)
-    if is_matrix and len(grows) > 1 and grows[1]:  # a matrix sums over its second axis
+    if is_matrix and grows[1]:  # a matrix sums over its second axis
         return Scaled("hidden" if grows[0] else "output", ratios[1])
-    return Scaled("input", growing[0])
+    return Scaled("hidden" if len(growing) > 1 else "input", growing[0])  # stacked experts grow along two axes
 
 
 def _check_names(one: Mapping[str, Any], other: Mapping[str, Any]) -> None:
