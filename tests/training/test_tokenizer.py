@@ -138,9 +138,9 @@ def test_terms_are_weighed_at_the_encoder_and_train_their_own_weights():
 
 def test_a_training_sharpens_resumes_and_leaves_normalised_latents(tmp_path):
     config = TrainConfig(steps=6, batch=8, learning_rate=2e-3, ema=0.5, log_every=1, save_every=3)
+    shared = {"settings": replace(SMALL, perceptual=0.1), "network": VGG16()}
     model, pictures = autoencoder(), Discs()
-    settings = replace(SMALL, perceptual=0.1)
-    report = fit_tokenizer(model, pictures, config, tmp_path / "one", settings, terms=[Pull()], network=VGG16())
+    report = fit_tokenizer(model, pictures, config, tmp_path / "one", terms=[Pull()], **shared)
     rows = read_log(report.curve)
     assert ["critic" in row for row in rows] == [False, False, True, True, True, True]
     assert {"psnr", "kl", "vgg distance", "pull", "critic, weight"} <= rows[-1].keys()
@@ -149,9 +149,9 @@ def test_a_training_sharpens_resumes_and_leaves_normalised_latents(tmp_path):
     assert latents.std() == pytest.approx(1.0, abs=0.15)
     assert not any("critic" in name or "terms" in name for name in model.state_dict())
     again = autoencoder()
-    half = replace(config, steps=6, minutes=1e-9)
-    fit_tokenizer(again, pictures, half, tmp_path / "two", settings, terms=[Pull()], network=VGG16())
-    fit_tokenizer(again, pictures, config, tmp_path / "two", settings, terms=[Pull()], network=VGG16(), resume=True)
+    fit_tokenizer(again, pictures, replace(config, minutes=1e-9), tmp_path / "two", terms=[Pull()], **shared)
+    fit_tokenizer(again, pictures, config, tmp_path / "two", terms=[Pull()], resume=True, **shared)
+    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), again.parameters(), strict=True))
 
 
 def test_what_cannot_be_is_refused():

@@ -5,7 +5,8 @@
     weight = critic * |grad nll| / (|grad adversarial| + 1e-4)      at the decoder's last convolution
 
 and, in the same backward pass, the critic's own hinge loss on the same pictures, of which nothing reaches the
-autoencoder, as nothing of the adversarial term reaches the critic. Before `critic_from` neither counts. d is the
+autoencoder, as nothing of the adversarial term reaches the critic. Before `critic_from` neither counts (weight decay
+alone moves the critic then). d is the
 distance of VGG16's stages (`evaluation.vgg`). Terms on latents, such as an alignment with a vision model, are weighed
 in the same way at the encoder's last convolution.
 
