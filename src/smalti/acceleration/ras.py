@@ -137,9 +137,8 @@ class RAS(TokensMethod):
         found = []
         for start, count in ((4, 2), (4, 0), (2, 1), (6, 2)):
             rest = steps - start - count
-            ratio = (
-                (steps / speedup - start - count) / rest if rest > 2 else 0.0
-            )  # dense steps cost 1, others the ratio
+            # A dense step costs 1 and another its ratio, so that all together cost steps / speedup.
+            ratio = (steps / speedup - start - count) / rest if rest > 2 else 0.0
             if 0.05 <= ratio < 1:
                 span = (steps - start) / (count + 1)
                 resets = tuple(start + round(span * number) for number in range(1, count + 1))
