@@ -54,8 +54,9 @@ def _plans(result: dict) -> str:
         )
     wanted = result["plans"][0]["speedup"]
     return (
-        f"`smalti bench plan`: plans for {result['model']}, {wanted:g} times faster, and the nearest plain way of the "
-        f"same time; distance of final latents to the plain run ({result['hardware']}, {result['date']}).\n\n"
+        f"`smalti bench plan`: plans for {result['model']}, {wanted:g} times faster, and the nearest plain way "
+        f"of the same time or a little more; distance of final latents to the plain run "
+        f"({result['hardware']}, {result['date']}).\n\n"
         "| steps | the plan | times faster | distance | nearest plain way | times faster | distance | minutes |\n"
         "|---|---|---|---|---|---|---|---|\n" + "\n".join(rows) + "\n"
     )
