@@ -11,19 +11,18 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 HEAD = """# Faster without training
 
-Written by `make docs` from what `smalti bench accelerators` and `smalti bench plan` recorded. Every method that is
-installed is asked for settings of a wanted speed, and measured on models that ship: times faster than the plain run in
+Written by `make docs` from what `smalti bench accelerators` recorded. Every method that is installed is asked for settings of a wanted speed, and measured on models that ship: times faster than the plain run in
 wall time, and how far the final latents end from it. Beside them stand the plain ways: fewer steps, another solver,
 guidance on a part of the interval. Which comes out ahead is left as it was found. Here each method has the first few
 settings that it offers; `smalti plan` changes them further, and what that gains stands in the README.
 
-These models are small: their pictures have 64 to 512 tokens, where attention is a small part of the work. Methods that
-thin attention out cannot win here; from how many tokens on a method is faster at all stands at the end. How TaylorSeer
+These models are small: their pictures have 64 or 256 tokens, where attention is a small part of the work. Methods that
+thin attention out cannot win here; from how many tokens on a method is faster at all stands below. How TaylorSeer
 does beside diffusers' own and cache-dit's is in [peers.md](peers.md).
 """
 ELSEWHERE = """## What the papers report
 
-Their full-size models and repositories cannot be run here; these are their words, not our measurements.
+Full-size models with trained weights were not run for this page; these are the papers' figures, not measured by us.
 
 | method | where | what is reported | source |
 |---|---|---|---|
