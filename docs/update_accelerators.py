@@ -11,10 +11,11 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 HEAD = """# Faster without training
 
-Written by `make docs` from what `smalti bench accelerators` recorded. Every method that is installed is asked for settings of a wanted speed, and measured on models that ship: times faster than the plain run in
-wall time, and how far the final latents end from it. Beside them stand the plain ways: fewer steps, another solver,
-guidance on a part of the interval. Which comes out ahead is left as it was found. Here each method has the first few
-settings that it offers; `smalti plan` changes them further, and what that gains stands in the README.
+Written by `make docs` from what `smalti bench accelerators` recorded. Every method that is installed is asked for
+settings of a wanted speed, and measured on models that ship: times faster than the plain run in wall time, and how
+far the final latents end from it. Beside them stand the plain ways: fewer steps, another solver, guidance on a part
+of the interval. Which comes out ahead is left as it was found. Here each method has the first few settings that it
+offers; `smalti plan` changes them further, and what that gains stands in the README.
 
 These models are small: their pictures have 64 or 256 tokens, where attention is a small part of the work. Methods that
 thin attention out cannot win here; from how many tokens on a method is faster at all stands below. How TaylorSeer
