@@ -1,0 +1,123 @@
+"""A patch-mixer: a few narrow blocks that all tokens pass before most of them are dropped.
+
+What a dropped patch shows has by then reached its neighbours, so the deep backbone behind learns from all of the
+picture while it computes on a part of the tokens:
+
+    x <- Lin_in(norm(x)), D -> Dm;   mixer blocks on all N tokens;   x <- x[keep];   x <- Lin_out(norm(x)), Dm -> D
+
+The way back to D comes after the gather, where it is cheap. Mixer blocks have their own view of time and caption.
+
+Source: MicroDiT (arXiv 2407.15811), section 3.1 and figure 3.
+"""
+
+from torch import Tensor, nn
+
+from smalti.backbones.block import TransformerBlock
+from smalti.backbones.block_order import with_cross
+from smalti.core.errors import UserError
+from smalti.nn.block_attention import BlockContext
+from smalti.nn.experts import ExpertChoice
+from smalti.nn.modulation import EPS
+from smalti.nn.swiglu import SwiGLU
+from smalti.nn.wide_norm_attention import WideNormCrossAttention, WideNormSelfAttention
+from smalti.ops.token_subset import gather
+
+
+class PatchMixer(nn.Module):
+    """All tokens in, the kept ones out: (B, N, D) -> (B, n, D).
+
+    Args:
+        width: D of the tokens, of the conditioning vector and of the memory.
+        mixer_width: Dm, a multiple of head_dim.
+        depth: number of blocks.
+        head_dim: d.
+        has_memory: whether the blocks look at a memory.
+        ffn_ratio: hidden width over Dm.
+        ffn_multiple: of the hidden width.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        mixer_width: int,
+        depth: int,
+        head_dim: int,
+        has_memory: bool = True,
+        ffn_ratio: float = 4.0,
+        ffn_multiple: int = 256,
+    ):
+        super().__init__()
+        if depth < 1 or mixer_width % head_dim:
+            raise UserError(
+                f"got a mixer of depth {depth} and width {mixer_width}; give at least one block, and a multiple of "
+                f"head_dim {head_dim}"
+            )
+        self.norm_in = nn.LayerNorm(width, EPS, bias=False)
+        self.proj_in = nn.Linear(width, mixer_width, bias=False)
+        self.vector_in = nn.Linear(width, mixer_width)
+        self.memory_in = nn.Linear(width, mixer_width, bias=False) if has_memory else None
+        self.blocks = nn.ModuleList(
+            micro_block(mixer_width, mixer_width // head_dim, head_dim, has_memory, ffn_ratio, ffn_multiple)
+            for _ in range(depth)
+        )
+        self.norm_out = nn.LayerNorm(mixer_width, EPS, bias=False)
+        self.proj_out = nn.Linear(mixer_width, width, bias=False)
+
+    def forward(self, x: Tensor, context: BlockContext, keep: Tensor | None = None) -> Tensor:
+        """Mixes.
+
+        Args:
+            x: all tokens (B, N, D), with their positions.
+            context: of the backbone's blocks; its rope, if any, is that of all tokens.
+            keep: places that stay (B, n), see `ops.token_masks`; None = all.
+        """
+        assert context.activated is not None
+        memory = context.memory
+        if self.memory_in is not None:
+            assert memory is not None
+            memory = self.memory_in(memory)
+        own = context._replace(activated=self.vector_in(context.activated), memory=memory)
+        x = self.proj_in(self.norm_in(x))
+        for block in self.blocks:
+            x = block(x, own)
+        if keep is not None:
+            x = gather(x, keep)
+        return self.proj_out(self.norm_out(x))
+
+
+def micro_block(
+    width: int,
+    heads: int,
+    head_dim: int,
+    has_memory: bool,
+    ffn_ratio: float,
+    ffn_multiple: int = 256,
+    experts: int = 0,
+    capacity: float = 2.0,
+) -> TransformerBlock:
+    """MicroDiT's block: adaLN self-attention, cross-attention behind a plain norm, adaLN feed-forward or experts.
+
+    Args:
+        width: D.
+        heads, head_dim: of attention, whose width may be below D.
+        has_memory: whether there is cross-attention.
+        ffn_ratio: hidden width over D, of one expert too.
+        ffn_multiple: of the hidden width of SwiGLU.
+        experts: number of experts; 0 = SwiGLU.
+        capacity: experts a token has on average.
+    """
+    return TransformerBlock(
+        width,
+        heads,
+        order=with_cross("standard") if has_memory else "standard",
+        bare_cross=True,
+        parts={
+            "attn": lambda: WideNormSelfAttention(width, heads, head_dim),
+            "cross": lambda: WideNormCrossAttention(width, heads, head_dim),
+            "ffn": lambda: (
+                ExpertChoice(width, int(width * ffn_ratio), experts, capacity)
+                if experts
+                else SwiGLU(width, ffn_ratio, ffn_multiple)
+            ),
+        },
+    )
