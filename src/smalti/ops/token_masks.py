@@ -115,5 +115,5 @@ def check_ratio(ratio: float) -> None:
 
 def _first(order: Tensor, count: int) -> Kept:
     """The `count` tokens of lowest order (B, N) stay."""
-    keep, drop = order.argsort(1, stable=True).tensor_split([count], dim=1)
+    keep, drop = order.argsort(dim=1, stable=True).tensor_split([count], dim=1)
     return Kept(keep.sort(1).values, drop.sort(1).values)
