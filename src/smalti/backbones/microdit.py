@@ -134,7 +134,7 @@ class MicroDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def tiny(cls) -> "MicroDiT":
         """A model of a few thousand weights, for tests: 4 channels, text 12, one block of experts, a mixer."""
         return cls(
-            in_channels=4, depth=3, width=16, head_dim=8, text_dim=12, mixer_depth=1, mixer_width=8, ffn_multiple=8,
+            in_channels=4, depth=3, width=24, head_dim=8, text_dim=12, mixer_depth=1, mixer_width=16, ffn_multiple=8,
             experts=2, num_labels=3, base_size=4,
         )  # fmt: skip
 

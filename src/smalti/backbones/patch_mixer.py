@@ -16,8 +16,9 @@ from smalti.backbones.block import TransformerBlock
 from smalti.backbones.block_order import with_cross
 from smalti.core.errors import UserError
 from smalti.nn.block_attention import BlockContext
+from smalti.nn.encoder_block import draw_linear_weights
 from smalti.nn.experts import ExpertChoice
-from smalti.nn.modulation import EPS
+from smalti.nn.modulation import EPS, Modulation
 from smalti.nn.swiglu import SwiGLU
 from smalti.nn.wide_norm_attention import WideNormCrossAttention, WideNormSelfAttention
 from smalti.ops.token_subset import gather
@@ -62,6 +63,10 @@ class PatchMixer(nn.Module):
         )
         self.norm_out = nn.LayerNorm(mixer_width, EPS, bias=False)
         self.proj_out = nn.Linear(mixer_width, width, bias=False)
+        draw_linear_weights(self)
+        for module in self.modules():  # every block starts as the identity
+            if isinstance(module, Modulation | WideNormCrossAttention):
+                nn.init.zeros_((module.linear if isinstance(module, Modulation) else module.to_out).weight)
 
     def forward(self, x: Tensor, context: BlockContext, keep: Tensor | None = None) -> Tensor:
         """Mixes.

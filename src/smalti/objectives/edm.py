@@ -6,8 +6,8 @@ With `z = x0 + sigma * noise` the estimate of x0 is
     c_skip = s^2 / (sigma^2 + s^2),  c_out = sigma s / sqrt(sigma^2 + s^2),  c_in = 1 / sqrt(sigma^2 + s^2)
     loss = (sigma^2 + s^2) / (sigma s)^2 * |D - x0|^2
 
-for data of standard deviation s, and `ln(sigma) = mean + std * n` in training, n normal. Since `t = sigma / (1 + sigma)`
-and `xt = (1 - t) z`, a preconditioned network is a denoiser like all others (see `velocity`), and the loss takes any.
+for data of standard deviation s, and `ln(sigma) = mean + std * n` in training, n normal. With `t = sigma / (1 + sigma)`
+and `xt = (1 - t) z` a preconditioned network is a denoiser like all others (see `velocity`), and the loss takes any.
 
 Source: EDM (arXiv 2206.00364), table 1 and equation 8; masked as in MicroDiT (arXiv 2407.15811), section 3.1.
 """
