@@ -12,7 +12,8 @@ Source: MicroDiT (arXiv 2407.15811), sections 3.1 to 3.3 and appendix A; the dec
 section 3.2. Rotary positions are ours: those of kept tokens are gathered with them.
 """
 
-from typing import Literal, NamedTuple
+import math
+from typing import Any, Literal, NamedTuple
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -38,6 +39,12 @@ from smalti.ops.token_masks import KEEP
 from smalti.ops.token_subset import gather, scatter
 
 POSITIONS = ("absolute", "rope")
+SHAPES: dict[str, dict[str, Any]] = {
+    "xl": {"depth": 28, "width": 1024, "head_dim": 64, "mixer_depth": 6, "mixer_width": 768},
+    "paper-tiny": {"depth": 16, "width": 512, "head_dim": 32, "mixer_depth": 4, "mixer_width": 512},
+    "small": {"depth": 8, "width": 128, "head_dim": 32, "mixer_depth": 2, "mixer_width": 64, "ffn_multiple": 16},
+}
+"""The paper's MicroDiT-XL/2 and its Tiny one, and a small one for two cores, as arguments of `MicroDiT`."""
 
 
 class MicroDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
@@ -55,9 +62,9 @@ class MicroDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         mixer_width: Dm, a multiple of head_dim; 0 = D.
         decoder_depth: blocks that see all places again, dropped ones as a learned token; 0 = none.
         ffn_ratios: hidden width over D in the first and the last block; between them it grows evenly.
-        attention_ratios: attention width over D, likewise.
+        attention_ratios: width of self-attention over D, likewise.
         ffn_multiple: of the hidden width of dense blocks.
-        experts: of every second block except the last; 0 = all blocks are dense.
+        experts: of every second block, in the mixer too, except the last; 0 = all blocks are dense.
         capacity: experts a token has on average.
         positions: absolute, added to tokens before any is dropped; rope, gathered with the kept ones.
         base_size: side of the grid, in tokens, that absolute positions are scaled to, whatever the picture's size.
@@ -113,7 +120,9 @@ class MicroDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.caption_embedder = CaptionEmbedder(text_dim, width, head_dim, ffn_multiple)
         self.mixer = None
         if mixer_depth:
-            self.mixer = PatchMixer(width, mixer_width or width, mixer_depth, head_dim, True, 4.0, ffn_multiple)
+            self.mixer = PatchMixer(
+                width, mixer_width or width, mixer_depth, head_dim, True, 4.0, ffn_multiple, experts, capacity
+            )
         self.blocks = nn.ModuleList(
             micro_block(
                 width, heads_of(attention, width, head_dim), head_dim, True, ffn, ffn_multiple,
@@ -284,8 +293,8 @@ def growing(ends: tuple[float, float], depth: int) -> list[float]:
 
 
 def heads_of(ratio: float, width: int, head_dim: int) -> int:
-    """Heads of an attention whose width is about `ratio` of D, at least one."""
-    return max(1, round(ratio * width / head_dim))
+    """Heads of an attention that is at least `ratio` of D wide: an even number, or all that D has."""
+    return min(width // head_dim, 2 * math.ceil(int(ratio * width) / (2 * head_dim)))
 
 
 def rope_axes(head_dim: int) -> tuple[int, int, int]:

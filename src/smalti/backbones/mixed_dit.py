@@ -44,6 +44,7 @@ class MixedDiT(ModelMixin, ConfigMixin):
         denoiser: the DiT's other settings.
 
     Example:
+        >>> import torch
         >>> model = with_patch_mixer(DiT.tiny(), depth=1, width=8, head_dim=4)
         >>> cond = Cond(pooled=torch.zeros(1, 10), extra={"keep": torch.tensor([[0, 3, 5]])})
         >>> model(torch.zeros(1, 4, 8, 8), torch.tensor([0.5]), cond).shape

@@ -35,6 +35,8 @@ class PatchMixer(nn.Module):
         has_memory: whether the blocks look at a memory.
         ffn_ratio: hidden width over Dm.
         ffn_multiple: of the hidden width.
+        experts: of every second block; 0 = all blocks are dense.
+        capacity: experts a token has on average.
     """
 
     def __init__(
@@ -46,6 +48,8 @@ class PatchMixer(nn.Module):
         has_memory: bool = True,
         ffn_ratio: float = 4.0,
         ffn_multiple: int = 256,
+        experts: int = 0,
+        capacity: float = 2.0,
     ):
         super().__init__()
         if depth < 1 or mixer_width % head_dim:
@@ -58,9 +62,12 @@ class PatchMixer(nn.Module):
         self.vector_in = nn.Linear(width, mixer_width)
         self.memory_in = nn.Linear(width, mixer_width, bias=False) if has_memory else None
         self.blocks = nn.ModuleList(
-            micro_block(mixer_width, mixer_width // head_dim, head_dim, has_memory, ffn_ratio, ffn_multiple)
-            for _ in range(depth)
-        )
+            micro_block(
+                mixer_width, mixer_width // head_dim, head_dim, has_memory, ffn_ratio, ffn_multiple,
+                experts if index % 2 else 0, capacity,
+            )
+            for index in range(depth)
+        )  # fmt: skip
         self.norm_out = nn.LayerNorm(mixer_width, EPS, bias=False)
         self.proj_out = nn.Linear(mixer_width, width, bias=False)
         draw_linear_weights(self)
@@ -104,7 +111,8 @@ def micro_block(
 
     Args:
         width: D.
-        heads, head_dim: of attention, whose width may be below D.
+        heads: of self-attention, whose width may be below D; cross-attention has that of D.
+        head_dim: d.
         has_memory: whether there is cross-attention.
         ffn_ratio: hidden width over D, of one expert too.
         ffn_multiple: of the hidden width of SwiGLU.
@@ -118,7 +126,7 @@ def micro_block(
         bare_cross=True,
         parts={
             "attn": lambda: WideNormSelfAttention(width, heads, head_dim),
-            "cross": lambda: WideNormCrossAttention(width, heads, head_dim),
+            "cross": lambda: WideNormCrossAttention(width, width // head_dim, head_dim),
             "ffn": lambda: (
                 ExpertChoice(width, int(width * ffn_ratio), experts, capacity)
                 if experts
