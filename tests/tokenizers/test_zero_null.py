@@ -3,9 +3,10 @@
 import torch
 
 from smalti.core.protocols import TextEmbedding
+from smalti.core.seeds import generators_for
 from smalti.sampling.conditions import expand_request, text_conditions
 from smalti.tokenizers.zero_null import ZeroNull
-from smalti.training.latent_source import embed_captions
+from smalti.training.latent_source import LatentSource, embed_captions
 
 
 class Words:
@@ -36,3 +37,12 @@ def test_both_ends_of_guidance_get_them():
     conditions = text_conditions(expand_request(["cat"], None, 1), encoder, [], 0)
     assert not conditions.uncond.text.any()
     assert conditions.cond.text.any()
+
+
+def test_captions_are_dropped_sample_by_sample():
+    captions = embed_captions([["cat"]] * 40, ZeroNull(Words()))
+    source = LatentSource([torch.zeros(40, 1, 2, 2)], captions, text_dropout=0.5)
+    batch = source.batch(torch.arange(40), generators_for(list(range(40))))
+    dropped = ~batch.cond.text.flatten(1).any(1)
+    assert 10 <= dropped.sum() <= 30
+    assert torch.equal(dropped, ~batch.cond.pooled.any(1))

@@ -13,7 +13,7 @@ section 3.2. Rotary positions are ours: those of kept tokens are gathered with t
 """
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -22,12 +22,12 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smalti.backbones.block import TransformerBlock
+from smalti.backbones.caption_embedder import CaptionEmbedder
 from smalti.backbones.patch_mixer import PatchMixer, micro_block
 from smalti.core.errors import UserError, unknown_name
 from smalti.core.protocols import Cond
 from smalti.nn.block_attention import BlockContext
-from smalti.nn.embeddings import LabelEmbedder, TimeEmbedder, VectorEmbedder
+from smalti.nn.embeddings import LabelEmbedder, TimeEmbedder
 from smalti.nn.initialise import draw_weights
 from smalti.nn.modulation import FinalNorm
 from smalti.nn.patchify import patchify, unpatchify
@@ -236,9 +236,7 @@ class MicroDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         for module in self.modules():
             if isinstance(module, WideNormCrossAttention):
                 nn.init.zeros_(module.to_out.weight)
-        block = self.caption_embedder.block
-        for part in (block.attn.to_out, block.ffn.proj_out):  # type: ignore[union-attr]
-            nn.init.zeros_(part.weight)  # type: ignore[arg-type]
+        self.caption_embedder.start_as_identity()
 
     def _check(self, x: Tensor, t: Tensor, cond: Cond) -> None:
         if t.shape != x.shape[:1]:
@@ -247,43 +245,6 @@ class MicroDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
             raise UserError("this MicroDiT needs cond.text; for no caption give zeros, or an encoded empty one")
         if cond.label is not None and self.label_embedder is None:
             raise UserError("this MicroDiT takes no cond.label, because its num_labels is 0; leave the label out")
-
-
-class Caption(NamedTuple):
-    """An embedded caption: tokens (B, M, D), and the vector (B, D) of their mean."""
-
-    tokens: Tensor
-    vector: Tensor
-
-
-class CaptionEmbedder(nn.Module):
-    """Tokens of a caption through an MLP and one block of self-attention that starts as the identity.
-
-    Args:
-        text_dim: channels of a token.
-        width: D.
-        head_dim: d.
-        ffn_multiple: of the block's hidden width.
-    """
-
-    def __init__(self, text_dim: int, width: int, head_dim: int, ffn_multiple: int):
-        super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(text_dim, width, bias=False), nn.GELU("tanh"), nn.Linear(width, width, bias=False)
-        )
-        plain = micro_block(width, width // head_dim, head_dim, False, 4.0, ffn_multiple)
-        self.block = TransformerBlock(
-            width, width // head_dim, modulation="none", parts={"attn": lambda: plain.attn, "ffn": lambda: plain.ffn}
-        )  # type: ignore[dict-item]
-        self.pooled = VectorEmbedder(width, width)
-
-    def forward(self, text: Tensor, mask: Tensor | None, backend: str) -> Caption:
-        """From tokens (B, M, text_dim) and their mask (B, M)."""
-        tokens = self.block(self.mlp(text), BlockContext(mask=mask, backend=backend))
-        if mask is None:
-            return Caption(tokens, self.pooled(tokens.mean(1)))
-        real = mask[..., None].to(tokens.dtype)
-        return Caption(tokens, self.pooled((tokens * real).sum(1) / real.sum(1).clamp(min=1)))
 
 
 def growing(ends: tuple[float, float], depth: int) -> list[float]:

@@ -11,7 +11,6 @@ MaskDiT (arXiv 2306.09305), equation 4. MaskDiT measures it on the preconditione
 itself; here it is measured on what the network gives.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -88,8 +87,3 @@ def sample_errors(difference: Tensor, kept: Kept | None, patch: int) -> Tensor:
 def mean_over(difference: Tensor, places: Tensor, patch: int) -> Tensor:
     """Mean squared differences (B,) over the patches at `places` (B, n): the denominator is n, not N."""
     return gather(patchify(difference, patch), places).square().flatten(1).mean(1)
-
-
-def fixed_keep(denoiser: Denoiser, keep: Tensor) -> Callable[[Tensor, Tensor, Cond], Tensor]:
-    """A denoiser that sees the places `keep` (B, n) alone, whatever it is called with."""
-    return lambda x, t, cond: denoiser(x, t, replace(cond, extra={**cond.extra, KEEP: keep}))
