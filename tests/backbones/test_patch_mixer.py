@@ -52,8 +52,9 @@ def test_it_is_conditioned_itself(part):
 
 def test_fresh_blocks_are_the_identity():
     mixer, x = PatchMixer(D, 8, 2, 4), torch.randn(B, N, D)
-    expected = mixer.proj_out(mixer.norm_out(mixer.proj_in(mixer.norm_in(x))))
-    torch.testing.assert_close(mixer(x, context()), expected)
+    torch.testing.assert_close(mixer(x, context()), mixer.leave(mixer.enter(x)))
+    same = PatchMixer(D, D, 2, 4)
+    assert torch.equal(same(x, context(), KEEP), gather(x, KEEP))
 
 
 @pytest.mark.parametrize("settings", [{"depth": 0}, {"mixer_width": 10}])

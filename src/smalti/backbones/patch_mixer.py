@@ -5,7 +5,8 @@ picture while it computes on a part of the tokens:
 
     x <- Lin_in(norm(x)), D -> Dm;   mixer blocks on all N tokens;   x <- x[keep];   x <- Lin_out(norm(x)), Dm -> D
 
-The way back to D comes after the gather, where it is cheap. Mixer blocks have their own view of time and caption.
+The way back to D comes after the gather, where it is cheap; at Dm = D there is none in either direction. Mixer blocks
+have their own view of time and caption.
 
 Source: MicroDiT (arXiv 2407.15811), section 3.1 and figure 3.
 """
@@ -57,10 +58,11 @@ class PatchMixer(nn.Module):
                 f"got a mixer of depth {depth} and width {mixer_width}; give at least one block, and a multiple of "
                 f"head_dim {head_dim}"
             )
-        self.norm_in = nn.LayerNorm(width, EPS, bias=False)
-        self.proj_in = nn.Linear(width, mixer_width, bias=False)
+        self.enter, self.leave, self.memory_in = nn.Identity(), nn.Identity(), nn.Identity()
+        if mixer_width != width:
+            self.enter, self.leave = _resize(width, mixer_width), _resize(mixer_width, width)
+            self.memory_in = _resize(width, mixer_width) if has_memory else nn.Identity()
         self.vector_in = nn.Linear(width, mixer_width)
-        self.memory_in = nn.Linear(width, mixer_width, bias=False) if has_memory else None
         self.blocks = nn.ModuleList(
             micro_block(
                 mixer_width, mixer_width // head_dim, head_dim, has_memory, ffn_ratio, ffn_multiple,
@@ -68,8 +70,6 @@ class PatchMixer(nn.Module):
             )
             for index in range(depth)
         )  # fmt: skip
-        self.norm_out = nn.LayerNorm(mixer_width, EPS, bias=False)
-        self.proj_out = nn.Linear(mixer_width, width, bias=False)
         draw_linear_weights(self)
         for module in self.modules():  # every block starts as the identity
             if isinstance(module, Modulation | WideNormCrossAttention):
@@ -84,17 +84,16 @@ class PatchMixer(nn.Module):
             keep: places that stay (B, n), see `ops.token_masks`; None = all.
         """
         assert context.activated is not None
-        memory = context.memory
-        if self.memory_in is not None:
-            assert memory is not None
-            memory = self.memory_in(memory)
+        memory = None if context.memory is None else self.memory_in(context.memory)
         own = context._replace(activated=self.vector_in(context.activated), memory=memory)
-        x = self.proj_in(self.norm_in(x))
+        x = self.enter(x)
         for block in self.blocks:
             x = block(x, own)
-        if keep is not None:
-            x = gather(x, keep)
-        return self.proj_out(self.norm_out(x))
+        return self.leave(x if keep is None else gather(x, keep))
+
+
+def _resize(width: int, other: int) -> nn.Sequential:
+    return nn.Sequential(nn.LayerNorm(width, EPS, bias=False), nn.Linear(width, other, bias=False))
 
 
 def micro_block(
