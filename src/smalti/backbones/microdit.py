@@ -42,7 +42,7 @@ POSITIONS = ("absolute", "rope")
 SHAPES: dict[str, dict[str, Any]] = {
     "xl": {"depth": 28, "width": 1024, "head_dim": 64, "mixer_depth": 6, "mixer_width": 768},
     "paper-tiny": {"depth": 16, "width": 512, "head_dim": 32, "mixer_depth": 4, "mixer_width": 512},
-    "small": {"depth": 8, "width": 128, "head_dim": 32, "mixer_depth": 2, "mixer_width": 64, "ffn_multiple": 16},
+    "small": {"depth": 8, "width": 128, "head_dim": 32, "mixer_depth": 2, "mixer_width": 128, "ffn_multiple": 16},
 }
 """The paper's MicroDiT-XL/2 and its Tiny one, and a small one for two cores, as arguments of `MicroDiT`."""
 

@@ -77,7 +77,7 @@ class MixedDiT(ModelMixin, ConfigMixin):
         self.mixer = PatchMixer(self.dit.width, mixer_width, mixer_depth, mixer_head_dim, bool(text_dim))
         self.dit.blocks[0].register_forward_pre_hook(self._mix)
         self.dit.proj_out.register_forward_hook(self._restore)
-        self._call: _Call | None = None
+        self._call: _Call | None = None  # stays after a call: checkpointed blocks run again in the backward pass
 
     @classmethod
     def tiny(cls) -> "MixedDiT":

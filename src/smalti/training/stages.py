@@ -131,4 +131,4 @@ def _flops(trainer: Trainer, source: SampleSource, config: TrainConfig) -> float
     positions = torch.arange(min(2, config.batch))
     indices = DataOrder(source, config.batch, config.seed).indices(0)[: len(positions)]
     batch = draw(source, indices, positions, config.seed, "cost", trainer.accelerator.device).batch
-    return sample_flops(trainer.state.model, trainer.objective, batch)
+    return sample_flops(trainer.state.model, trainer.train_step.objective, batch)
