@@ -20,7 +20,7 @@ def test_copies_and_near_copies_are_told_apart(make_pictures, tmp_path):
     assert sorted(seen.shapes.values()) == [2, 6]
     text = str(seen)
     for part in ("8 pictures", "2 shapes, most of them 64 x 64", "captions of 1 to 8 words (4.5 in the middle)",
-                 "1 files are there twice", "1 of 7 look like another one"):  # fmt: skip
+                 "files that repeat another one: 1", "look like another one: 1 of 7"):  # fmt: skip
         assert part in text
 
 

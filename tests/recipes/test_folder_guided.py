@@ -79,6 +79,7 @@ def test_options_that_do_not_go_together(smalti, tmp_path, monkeypatch):
         (("--data", "x", "--dry-run"), "add --budget"),
         (("--data", "x", "--device", "gpu"), "device 'gpu'"),
         (("--data", "x", "--budget", "soon"), "1h30m"),
+        (("--data", "x", "--budget", "1m", "--dry-run", "--set", "transformer.heads=2"), "transformer.heads sets it"),
     ):
         ran = smalti("train", *arguments)
         assert ran.status == 2

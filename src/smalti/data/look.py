@@ -56,9 +56,9 @@ class Look:
         if self.labels:
             least, largest = min(self.labels.values()), max(self.labels.values())
             parts.append(f"{len(self.labels)} labels of {least} to {largest} pictures")
-        parts.append(f"{self.copies} files are there twice" if self.copies else "no file is there twice")
+        parts.append(f"files that repeat another one: {self.copies}" if self.copies else "no file is there twice")
         if self.near_copies:
-            parts.append(f"{self.near_copies} of {self.compared} look like another one")
+            parts.append(f"pictures that look like another one: {self.near_copies} of {self.compared}")
         return "; ".join(parts)
 
 

@@ -34,6 +34,7 @@ class DigitClassifier(nn.Module):
         self.head = nn.Linear(FEATURES, CLASSES)
 
     def features(self, pixels: Tensor) -> Tensor:
+        """The last hidden layer (B, 64)."""
         return self.body(pixels)
 
     def forward(self, pixels: Tensor) -> Tensor:

@@ -108,8 +108,11 @@ def plan(recipe: FolderRecipe, budget: float, say: Callable[[str], None]) -> Pla
         say: told what is being done.
 
     Raises:
-        UserError: the folder cannot be used, or the budget is too small.
+        UserError: the folder cannot be used, the width is set already, or the budget is too small.
     """
+    fixed = [name for name in ("heads", "head_dim") if name in recipe.transformer]
+    if fixed:
+        raise UserError(f"a budget chooses the width, and transformer.{fixed[0]} sets it; leave one of them out")
     begun = time.monotonic()
     base = base_autoencoder(recipe.tokenizer)
     multiple = base.factor * patch_size(recipe.transformer, recipe.size, base)

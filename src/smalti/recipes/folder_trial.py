@@ -110,7 +110,7 @@ def measure(
         weights[width] = sum(parameter.numel() for parameter in model.parameters())
         costs[width], tokens = _seconds_an_image(one, model, prepared.source, device)
         say(f"width {width}: {weights[width] / 1e6:.1f} M weights, {1 / costs[width]:.0f} images/s")
-        if not is_worth_it(seconds / costs[width] * tokens, weights[width]) or "heads" in recipe.transformer:
+        if not is_worth_it(seconds / costs[width] * tokens, weights[width]):
             break
     after = (2 * SHEET + CHECKED) * STEPS_DRAWN * 2 / 3 + 16 * EVALUATED / 3
     return Machine(device, costs, weights, tokens, besides + LAST_CHECK, after)
