@@ -44,7 +44,7 @@ def reward_of(model, draw, heads, some):
     """One picture at a time, without the search."""
     values = []
     for index in range(len(some)):
-        with smalti.apply(model, PerturbedHeads(dict.fromkeys(heads, 1.0), 2.0, guidance=1.0)):
+        with smalti.apply(model, PerturbedHeads(dict.fromkeys(heads, 1.0), scale=2.0, guidance=1.0)):
             values.append(float(darkness(draw(pick(some, [index])))))
     return sum(values) / len(values)
 
@@ -85,9 +85,9 @@ def test_opposite_goals_choose_other_heads(model, draw):
         hunt_heads(model, one, some, 1, 2, METHOD, draw=draw, progress=False) for one in (darkness, brightness)
     )
     assert set(dark.heads.heads) != set(bright.heads.heads)
-    with smalti.apply(model, PerturbedHeads(dark.heads, 2.0, guidance=1.0)):
+    with smalti.apply(model, PerturbedHeads(dark.heads, scale=2.0, guidance=1.0)):
         darker = darkness(draw(some)).mean()
-    with smalti.apply(model, PerturbedHeads(bright.heads, 2.0, guidance=1.0)):
+    with smalti.apply(model, PerturbedHeads(bright.heads, scale=2.0, guidance=1.0)):
         assert darkness(draw(some)).mean() < darker
 
 

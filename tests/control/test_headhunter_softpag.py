@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-sys.path.append(str(Path(__file__).parents[1] / "families"))
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("families", "seams")]
 from family import GRIDS, all_families, build
+from small_pipelines import flux_pipeline, wan_pipeline
 
 import smalti
 from smalti.acceleration.grat import GRAT
@@ -26,10 +27,10 @@ def damage(monkeypatch):
     def run(function, call, head, strength=1.0):
         calls = iter(range(1000))
 
-        def damaged(q, k, v, **settings):
-            out = torch._C._nn.scaled_dot_product_attention(q, k, v, **settings)
+        def damaged(query, key, value, **settings):
+            out = torch._C._nn.scaled_dot_product_attention(query, key, value, **settings)
             if next(calls) == call:
-                out[:, head] = (1 - strength) * out[:, head] + strength * v[:, head]
+                out[:, head] = (1 - strength) * out[:, head] + strength * value[:, head]
             return out
 
         with monkeypatch.context() as patch:
@@ -42,7 +43,7 @@ def damage(monkeypatch):
 @pytest.mark.parametrize("strength", [1.0, 0.4])
 def test_the_prediction_is_led_away_from_the_damaged_one(predict, damage, strength):
     plain, damaged = predict(), damage(predict, 1, 0, strength)
-    guided = predict(PerturbedHeads({(1, 0): strength}, 2.0, guidance=1.0))
+    guided = predict(PerturbedHeads({(1, 0): strength}, scale=2.0, guidance=1.0))
     assert torch.allclose(guided, 3 * plain - 2 * damaged, atol=1e-5)
     assert (guided - plain).abs().max() > 1e-3
 
@@ -56,19 +57,48 @@ def test_only_self_attention_is_damaged(damage):
         return model(**arguments)[0]
 
     plain, damaged = run(), damage(run, 0, 1)  # attention to itself, then to the text
-    with smalti.apply(model, PerturbedHeads({(0, 1): 1.0}, 1.0, guidance=1.0)):
+    with smalti.apply(model, PerturbedHeads({(0, 1): 1.0}, scale=1.0, guidance=1.0)):
         assert torch.allclose(run(), 2 * plain - damaged, atol=1e-4)
 
 
 def test_of_one_stacked_call_the_second_half_is_guided(predict):
-    alone = predict(PerturbedHeads(HEAD, 2.0, guidance=1.0))
+    alone = predict(PerturbedHeads(HEAD, scale=2.0, guidance=1.0))
     plain = predict()
-    guided = predict(PerturbedHeads(HEAD, 2.0, guidance=4.0))
+    guided = predict(PerturbedHeads(HEAD, scale=2.0, guidance=4.0))
     assert torch.equal(guided[0], plain[0])
     assert torch.allclose(guided[1], plain[1] + (alone[1] - plain[1]) / 4, atol=1e-5)
-    other = predict(PerturbedHeads(HEAD, 2.0, guidance=4.0, rows="first half"))
+    other = predict(PerturbedHeads(HEAD, scale=2.0, guidance=4.0, rows="first half"))
     assert torch.equal(other[1], plain[1])
     assert not torch.equal(other[0], plain[0])
+
+
+@pytest.mark.parametrize(
+    ("make", "guidance", "calls", "attention"),
+    # Wan is called for the condition first, then without it, and a block attends to itself, then to the text
+    [(wan_pipeline, 3.0, 2, 2), (flux_pipeline, 1.0, 1, 1)],
+)
+def test_a_pipeline_of_diffusers_draws_what_its_own_loop_with_a_damaged_model_does(
+    damage, monkeypatch, make, guidance, calls, attention
+):
+    small = make()
+    plain, forward, count = small.draw(4), small.model.forward, iter(range(1000))
+
+    def guided(*arguments, **named):
+        out = forward(*arguments, **named)
+        if next(count) % calls:
+            return out
+        damaged = damage(lambda: forward(*arguments, **named), attention, 1)
+        return (out[0] + 2.0 / guidance * (out[0] - damaged[0]),)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(small.model, "forward", guided)
+        by_hand = small.draw(4)
+    with smalti.apply(small.pipe, PerturbedHeads({(1, 1): 1.0}, scale=2.0, guidance=guidance)) as handle:
+        ours = small.draw(4)
+    assert (by_hand - plain).abs().max() > 1e-2
+    assert torch.allclose(ours, by_hand, atol=1e-4)
+    assert handle.report().methods[0].events["guided"] == 4
+    assert torch.equal(small.draw(4), plain)
 
 
 def two_calls(predict_in, model, method, names=None):
@@ -87,9 +117,9 @@ def two_calls(predict_in, model, method, names=None):
 
 @pytest.mark.parametrize(("rows", "names"), [("branch:1", None), ("auto", ("uncond", "cond"))])
 def test_of_two_calls_the_conditional_one_is_guided(predict, model, rows, names):
-    outputs = two_calls(predict, model, PerturbedHeads(HEAD, 2.0, guidance=4.0, rows=rows), names)
+    outputs = two_calls(predict, model, PerturbedHeads(HEAD, scale=2.0, guidance=4.0, rows=rows), names)
     for step, t in enumerate((0.9, 0.8)):
-        plain, alone = predict(t=t), predict(PerturbedHeads(HEAD, 2.0, guidance=1.0), t=t)
+        plain, alone = predict(t=t), predict(PerturbedHeads(HEAD, scale=2.0, guidance=1.0), t=t)
         assert torch.allclose(outputs[2 * step], plain[:1], atol=1e-5)
         assert torch.allclose(outputs[2 * step + 1], plain[1:] + (alone[1:] - plain[1:]) / 4, atol=1e-5)
 
@@ -105,7 +135,7 @@ def test_branches_that_cannot_be_told_are_refused(predict, model):
         predict(PerturbedHeads(HEAD))
 
 
-@pytest.mark.parametrize("method", [PerturbedHeads({(1, 0): 0.0}, guidance=1.0), PerturbedHeads(HEAD, 0.0)])
+@pytest.mark.parametrize("method", [PerturbedHeads({(1, 0): 0.0}, guidance=1.0), PerturbedHeads(HEAD, scale=0.0)])
 def test_without_strength_nothing_changes_and_nothing_runs_twice(predict, model, method):
     assert torch.equal(predict(method), predict())
     once, twice = flops_of(predict, model), flops_of(predict, model, PerturbedHeads(HEAD, guidance=1.0))
@@ -137,8 +167,8 @@ def test_samples_of_a_batch_have_heads_of_their_own(predict):
         assert torch.allclose(together[index], alone[0], atol=1e-5)
     with pytest.raises(Refusal, match="heads for 3 samples and 2 rows"):
         predict(PerturbedHeads([*sets, HEAD], guidance=1.0))
-    stacked = predict(PerturbedHeads([{(0, 0): 1.0}, HEAD], 2.0, guidance=4.0), rows=[0, 0, 1, 1])
-    assert torch.allclose(stacked[3], predict(PerturbedHeads(HEAD, 2.0, guidance=4.0))[1], atol=1e-5)
+    stacked = predict(PerturbedHeads([{(0, 0): 1.0}, HEAD], scale=2.0, guidance=4.0), rows=[0, 0, 1, 1])
+    assert torch.allclose(stacked[3], predict(PerturbedHeads(HEAD, scale=2.0, guidance=4.0))[1], atol=1e-5)
 
 
 def test_a_whole_layer_is_all_of_its_heads(predict):
@@ -158,8 +188,8 @@ def test_kinds_targets_and_paths_differ(predict):
 
 def test_rescaling_gives_the_spread_of_the_plain_prediction(predict):
     plain, heads = predict(), {(layer, None): 1.0 for layer in range(3)}
-    wide = predict(PerturbedHeads(heads, 8.0, guidance=1.0)).flatten(1).std(1)
-    back = predict(PerturbedHeads(heads, 8.0, guidance=1.0, rescale=1.0)).flatten(1).std(1)
+    wide = predict(PerturbedHeads(heads, scale=8.0, guidance=1.0)).flatten(1).std(1)
+    back = predict(PerturbedHeads(heads, scale=8.0, guidance=1.0, rescale=1.0)).flatten(1).std(1)
     assert (wide > 1.1 * plain.flatten(1).std(1)).all()
     assert torch.allclose(back, plain.flatten(1).std(1), atol=1e-4)
 
@@ -176,8 +206,8 @@ def test_methods_that_remember_are_refused_and_others_are_softened_too(predict, 
     with pytest.raises(Refusal, match="remembers every evaluation"):
         smalti.apply(model, TaylorSeer(), PerturbedHeads(HEAD, guidance=1.0))
     sparse = GRAT((1, 2, 2), "block:0")
-    plain, alone = predict(sparse), predict(PerturbedHeads(HEAD, 2.0, guidance=1.0))
-    both = predict(sparse, PerturbedHeads(HEAD, 2.0, guidance=1.0))
+    plain, alone = predict(sparse), predict(PerturbedHeads(HEAD, scale=2.0, guidance=1.0))
+    both = predict(sparse, PerturbedHeads(HEAD, scale=2.0, guidance=1.0))
     assert not torch.allclose(both, plain, atol=1e-4)
     assert not torch.allclose(both, alone, atol=1e-4)
 

@@ -5,12 +5,16 @@ heads carry single things: a shape, a colour, a darkness. A greedy search finds 
 chosen heads draw pictures that fit their prompts better than the best whole layer does, at the same scale.
 """
 
+from statistics import fmean
+
 import torch
 from torch.nn import functional as F
 
 from smalti.control.head_hunt import drawer, hunt_heads
 from smalti.control.head_sets import random_heads, whole_layers
+from smalti.control.head_trial import HeadTrial
 from smalti.control.headhunter_softpag import PerturbedHeads
+from smalti.control.skipped_layers import SkippedLayers
 from smalti.core.system import Check, System, Verdict
 from smalti.evaluation.emoji_metrics import spread
 from smalti.evaluation.full_size import flux_dev
@@ -25,16 +29,13 @@ from smalti.seams.heads import read_heads
 SYSTEM = System(
     slug="headhunter-softpag",
     uses=(
-        "control.headhunter_softpag.PerturbedHeads",
-        "control.head_hunt.hunt_heads",
-        "control.head_sets.HeadSet",
-        "ops.head_damage.soften",
-        "ops.guidance_terms.guide_away",
-        "evaluation.rewards.JudgeReward",
+        "control.headhunter_softpag.PerturbedHeads", "control.skipped_layers.SkippedLayers",
+        "control.head_hunt.hunt_heads", "control.head_sets.HeadSet", "ops.head_damage.soften",
+        "ops.guidance_terms.guide_away", "evaluation.rewards.JudgeReward",
     ),
     models=("emoji", "judge-emoji"),
     data=("emoji",),
-)
+)  # fmt: skip
 STEPS, PROMPTS, SEARCH_SCALE, SCALE, GUIDANCE = 10, 96, 2.0, 1.0, 3.0
 GOALS = {"quality": (None, 8, 6), "dark": (darkness, 4, 3), "sharp": (edges, 4, 3)}
 """Reward (None = the judge), pairs of the search, heads to find."""
@@ -49,62 +50,51 @@ def small(ctx) -> Verdict:
     hunts = {}
     for name, (reward, count, k) in GOALS.items():
         ctx.say(f"searching {k} of {len(pool)} heads for {name}")
-        some = pick(pairs, spread(most, round(count * ctx.budget)))
-        method = PerturbedHeads(scale=SEARCH_SCALE)
+        some, method = pick(pairs, spread(most, round(count * ctx.budget))), PerturbedHeads(scale=SEARCH_SCALE)
         hunts[name] = hunt_heads(
             pipe, reward or judge, some, k=k, steps=STEPS, pool=pool, method=method, progress=False
         )
-
-    def draw(heads=None, some=prompts, guidance=1.0, steps=STEPS, scale=SCALE):
-        ctx.say(f"{heads or 'plain'}, guidance {guidance:g}, {steps} steps, {len(some)} pictures")
-        if heads is None:
-            return drawer(pipe, steps, guidance)(some)
-        with apply(pipe, PerturbedHeads(heads, scale, guidance)):
-            return drawer(pipe, steps, guidance)(some)
-
-    def fits(*arguments, **settings):
-        return judge(draw(*arguments, **settings), prompts.texts).tolist()
-
-    chosen = hunts["quality"].heads
-    ours, plain, longer = fits(chosen), fits(), fits(steps=2 * STEPS)
-    layers = {f"layer {layer}": fits(whole_layers([layer])) for layer in sorted({layer for layer, _ in pool})}
-    best = max(layers, key=lambda name: sum(layers[name]))
-    guided, guided_ours = fits(guidance=GUIDANCE), fits(chosen, guidance=GUIDANCE)
-    blind = [fits(random_heads(pool, len(chosen), seed)) for seed in ctx.seeds]
-    blind_mean = torch.tensor(blind).mean(0).tolist()
-    main = compare(ours, layers[best], below=False)
+    trial = HeadTrial(pipe, judge, prompts, STEPS, SCALE, ctx.say)
+    chosen, layers = hunts["quality"].heads, sorted({layer for layer, _ in pool})
+    ways = {
+        "heads": trial.score(chosen), "plain": trial.score(), "twice the steps": trial.score(steps=2 * STEPS),
+        "guidance alone": trial.score(guidance=GUIDANCE),
+        "heads under guidance": trial.score(chosen, guidance=GUIDANCE),
+        **{f"layer {one}": trial.score(whole_layers([one])) for one in layers},
+        **{f"without layer {one}": trial.score(SkippedLayers({one: 1.0}, scale=SCALE, guidance=1.0)) for one in layers},
+        **{f"random heads {seed}": trial.score(random_heads(pool, len(chosen), seed)) for seed in ctx.seeds},
+    }  # fmt: skip
+    fits = {name: one.fits for name, one in ways.items()}
+    best, skipped = (max((f"{kind} {one}" for one in layers), key=lambda name: fmean(fits[name]))
+                     for kind in ("layer", "without layer"))  # fmt: skip
+    fits["random heads"] = torch.tensor([fits[f"random heads {seed}"] for seed in ctx.seeds]).mean(0).tolist()
+    main = compare(fits["heads"], fits[best], below=False)
+    pairs_of_ways = (
+        ("heads", "plain"), ("heads", "random heads"), ("heads", "twice the steps"), ("heads", "guidance alone"),
+        ("heads", skipped), ("heads under guidance", "guidance alone"), (best, "guidance alone"),
+    )  # fmt: skip
 
     few = prompts.first(PROMPTS // 3)
-    styles = {name: hunts[name].heads for name in ("dark", "sharp")}
-    sets = {name: (heads, [name]) for name, heads in styles.items()} | {
-        "both sets": (styles["dark"] | styles["sharp"], list(styles))
-    }
-    before, raised = draw(some=few), {}
-    for name, (heads, goals) in sets.items():
-        pictures = draw(heads, few)
-        for goal in goals:
-            after, reward = pictures, GOALS[goal][0]
-            raised[f"{name}: {goal}"] = compare(
-                reward(after, few.texts).tolist(), reward(before, few.texts).tolist(), below=False
-            )
-    sizes = [float((draw(chosen.weighted(u), few) - before).square().mean()) for u in (0, 0.25, 0.5, 0.75, 1)]
-    scores = {"guidance alone": guided, "plain": plain, best: layers[best], "random heads": blind_mean}
+    dark, sharp = hunts["dark"].heads, hunts["sharp"].heads
+    sets = {"dark": dark, "sharp": sharp, "dark + sharp": dark | sharp}
+    raised = trial.raised(sets, {"dark": darkness, "sharp": edges}, few)
+    sizes = trial.changes(chosen, (0, 0.25, 0.5, 0.75, 1), few)
     return Verdict(
         measured=f"judge's similarity of picture and prompt, {STEPS} steps, w = {SCALE:g}, {len(chosen)} heads",
         unit="cosine",
         ours=main.ours,
-        comparators={name: sum(some) / len(some) for name, some in scores.items()},
+        comparators={name: fmean(fits[name]) for name in ("guidance alone", "plain", best, skipped, "random heads")},
         rule="ours > the best whole layer at the same w",
         outcome=main.outcome,
         interval=(main.low, main.high),
         seeds=prompts.seeds,
         checks=(
-            compare(ours, plain, below=False).check("heads against none", "> plain"),
-            compare(ours, blind_mean, below=False).check("heads against as many random ones", "> random"),
-            compare(ours, longer, below=False).check("heads at equal evaluations", f"> {2 * STEPS} steps"),
-            compare(ours, guided, below=False).check("heads against guidance alone", f"> guidance of {GUIDANCE:g}"),
-            compare(guided_ours, guided, below=False).check("heads under guidance", f"> guidance of {GUIDANCE:g}"),
-            compare(layers[best], guided, below=False).check("best layer", f"> guidance of {GUIDANCE:g}"),
+            *(compare(fits[one], fits[other], below=False).check(f"{one} against {other}", f"> {other}")
+              for one, other in pairs_of_ways),
+            Check("Fréchet distance, heads", ways["heads"].distance, "< best layer",
+                  ways["heads"].distance < ways[best].distance),
+            Check("colourfulness, heads over plain", ways["heads"].colour / ways["plain"].colour, "< best layer",
+                  ways["heads"].colour < ways[best].colour),
             *(one.check(name, f"> {one.theirs:.4f} without") for name, one in raised.items()),
             Check("largest change at u = 1, rising with u", sizes[-1], "rising", sizes == sorted(sizes)),
             Check("change at u = 0", sizes[0], "== 0", sizes[0] == 0),
@@ -112,8 +102,7 @@ def small(ctx) -> Verdict:
         figures={
             "heads": {name: str(one.heads) for name, one in hunts.items()},
             "search": {name: [one.plain, one.reached, one.generations] for name, one in hunts.items()},
-            "layers": {name: sum(some) / len(some) for name, some in layers.items()},
-            "random": [sum(some) / len(some) for some in blind],
+            "fits, distance, colourfulness": {name: [fmean(one.fits), *one[1:]] for name, one in ways.items()},
         },
         notes="emoji, preset cpu: 5 layers of 6 heads, searched inside the claim at w = 2 on other prompts; of the "
         "layers the best on the claim's own prompts counts",
