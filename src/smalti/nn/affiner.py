@@ -117,12 +117,13 @@ class Affiner(nn.Module):
 
     def _branch(self, x: Tensor, index: Tensor) -> Tensor:
         down, up = self._row(self.down, index, x.dtype), self._row(self.up, index, x.dtype)
-        assert down is not None and up is not None
+        assert down is not None
+        assert up is not None
         if self.strength is not None:
             up = up * self._row(self.strength, index, x.dtype)[..., None, None]  # type: ignore[index]
         if self.conv is not None:
             return self._conv_branch(x, down, up)
-        if not index.ndim or len(self.down) == 1:  # type: ignore[arg-type]
+        if down.ndim == 2:  # one task
             return F.linear(self._activate(F.linear(x, down)), up)
         flat = x.reshape(len(x), -1, x.shape[-1])  # (B, N, I)
         made = self._activate(flat @ down.mT) @ up.mT  # (B, N, O)
@@ -145,10 +146,7 @@ class Affiner(nn.Module):
         return F.relu(hidden) if self.relu else hidden
 
     def _row(self, table: Tensor | None, index: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """Rows of a table (K, ...): (...) for one task, (B, ...) for one a sample."""
-        if table is None:
-            return None
-        return (table[0] if len(table) == 1 else table[index]).to(dtype)
+        return None if table is None else rows_of(table, index).to(dtype)
 
     def _spread(self, rows: Tensor, out: Tensor) -> Tensor:
         """Numbers of the channels (O,) or (B, O), shaped to meet the output."""
@@ -156,6 +154,15 @@ class Affiner(nn.Module):
         if self.axis == 1:
             return rows.reshape(*(batch or (1,)), -1, *(1,) * (out.ndim - 2))
         return rows.reshape(*batch, *(1,) * (out.ndim - 2), -1) if batch else rows
+
+
+def rows_of(table: Tensor, index: Tensor) -> Tensor:
+    """Rows of a table (K, ...): (...) for one task, (B, ...) for one a sample; with K = 1 always (...)."""
+    if len(table) == 1:
+        return table[0]
+    # `table[index]` with an index of no dimension would be compiled anew for each of its values.
+    rows = table.index_select(0, index.reshape(-1))
+    return rows if index.ndim else rows[0]
 
 
 def channels_of(layer: nn.Module) -> int:

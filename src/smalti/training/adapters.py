@@ -1,8 +1,8 @@
 """Other ways to adapt a model with few parameters, in the form of `task_bank`, and two with many.
 
 BitFit learns shifts alone (arXiv 2106.10199), SSF scales and shifts (arXiv 2210.08823), LoRA branches without ReLU
-(arXiv 2106.09685), DiffFit shifts, norms and one scale for each sublayer's last layer (arXiv 2304.06648). `full_copy` is
-ordinary fine-tuning; `ControlCopy` steers the frozen model by a copy of its first blocks, as ControlNet for
+(arXiv 2106.09685), DiffFit shifts, norms and one scale for each sublayer's last layer (arXiv 2304.06648). `full_copy`
+is ordinary fine-tuning; `ControlCopy` steers the frozen model by a copy of its first blocks, as ControlNet for
 transformers does (PixArt-delta, arXiv 2401.05252, section 4.2).
 """
 

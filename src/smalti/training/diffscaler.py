@@ -1,11 +1,11 @@
-"""DiffScaler: every layer of a frozen diffusion transformer gets a scale, a shift and a small ReLU branch for each task.
+"""DiffScaler: every layer of a frozen diffusion transformer gets a scale, a shift and a small ReLU branch for a task.
 
 About one per cent of the parameters adapt the model to another data set or condition; the model itself never changes,
 so nothing is forgotten, and many tasks share it. `nn.affiner` is the layer, `training.task_bank` the bank of tasks,
 `training.task_training` their trainings.
 
-Source: Diffscaler (arXiv 2404.09976), section 3. Ours: the branch of a convolution keeps its kernel in W_down; norms and
-embeddings get scale and shift alone; s is learned, from 1.
+Source: Diffscaler (arXiv 2404.09976), section 3. Ours: the branch of a convolution keeps its kernel in W_down; norms
+and embeddings get scale and shift alone; s is learned, from 1.
 """
 
 import re

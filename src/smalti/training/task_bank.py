@@ -166,7 +166,7 @@ class TaskBank:
         try:
             with safe_open(path, "pt") as file:
                 card = json.loads((file.metadata() or {}).get("task", "null"))
-                state = {key: file.get_tensor(key) for key in file.keys()}
+                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # it is no mapping
         except (SafetensorError, OSError, json.JSONDecodeError) as error:
             raise UserError(f"cannot read {path}: {error}; save the task anew") from error
         if not isinstance(card, dict) or card.get("model") != self._hash():

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from smalti.core.errors import Refusal, UserError, unknown_name
 from smalti.core.protocols import Cond
-from smalti.nn.affiner import Affiner, Form, has_channels
+from smalti.nn.affiner import Affiner, Form, has_channels, rows_of
 from smalti.nn.embeddings import LabelEmbedder
 from smalti.nn.patchify import patchify
 
@@ -105,6 +105,8 @@ class SharedBase:
         model.requires_grad_(False)
         self.labels = next((one for one in model.modules() if isinstance(one, LabelEmbedder)), None)
         self.patches = next((getattr(model, name) for name in PATCH_EMBEDDERS if hasattr(model, name)), None)
+        if any(one._compiled_call_impl is not None for one in model.modules()):
+            torch.compiler.reset()  # what was compiled without hooks would go on without them
         self.handles = [model.register_forward_pre_hook(_marked(self._begin), with_kwargs=True)]
         self.handles += [layer.register_forward_hook(self._adapt(path)) for path, layer in self.layers.items()]
         if self.labels is not None:
@@ -280,17 +282,18 @@ class TaskSet(nn.Module):
 
     def has_own(self, index: Tensor) -> Tensor:
         """Whether tasks have labels of their own."""
-        return self.sizes[index] > 0
+        return rows_of(self.sizes, index) > 0
 
     def embed(self, label: Tensor | None, index: Tensor, out: Tensor) -> Tensor:
         """Embedded labels (B, D): of the tasks' own tables, or what the base made (B, D) where a task has none.
 
         A label from the number of the task's classes on, or None, is "none".
         """
-        last = self.sizes[index] - 1
+        last = rows_of(self.sizes, index) - 1
         row = last if label is None else torch.minimum(label, last)
         table = torch.cat(list(self.tables.values())).to(out.dtype)
-        own = table[(self.starts[index] + row).clamp(0, len(table) - 1)]
+        place = (rows_of(self.starts, index) + row).clamp(0, len(table) - 1)
+        own = table.index_select(0, place.reshape(-1)).reshape(*place.shape, -1)
         return torch.where(self.has_own(index)[..., None], own, out)
 
     def tokens(self, spatial: Tensor, index: Tensor) -> Tensor:
