@@ -39,6 +39,15 @@ def bank_of(*names: str, model=None, method=None, filled: bool = True) -> TaskBa
     return bank
 
 
+def velocity(bank, given, task):
+    with torch.no_grad():
+        return bank(*given, task=task)
+
+
+def close(one, other, tolerance=1e-5):
+    torch.testing.assert_close(one, other, atol=tolerance, rtol=tolerance)
+
+
 class Flat:
     """Latents of one colour a source, without text."""
 

@@ -31,13 +31,13 @@ class Normed(nn.Module):
 @pytest.mark.parametrize(
     ("method", "shapes"),
     [
-        (bias_only, {"norm": {"shift": 4}, "proj_in": {"shift": 6}, "attn/to_out": {"shift": 4}}),
+        (bias_only, {"/norm": {"shift": 4}, "/proj_in": {"shift": 6}, "/attn/to_out": {"shift": 4}}),
         (scale_shift, {name: {"scale": o, "shift": o} for name, o in
-                       (("norm", 4), ("proj_in", 6), ("attn/to_out", 4), ("bare", 4))}),
-        (lora(2), {"proj_in": {"down": 8, "up": 12}, "attn/to_out": {"down": 12, "up": 8},
-                   "bare": {"down": 8, "up": 8}}),
-        (bias_norm_scale, {"norm": {"scale": 4, "shift": 4}, "proj_in": {"shift": 6},
-                           "attn/to_out": {"scale": 1, "shift": 4}}),
+                       (("/norm", 4), ("/proj_in", 6), ("/attn/to_out", 4), ("/bare", 4))}),
+        (lora(2), {"/proj_in": {"down": 8, "up": 12}, "/attn/to_out": {"down": 12, "up": 8},
+                   "/bare": {"down": 8, "up": 8}}),
+        (bias_norm_scale, {"/norm": {"scale": 4, "shift": 4}, "/proj_in": {"shift": 6},
+                           "/attn/to_out": {"scale": 1, "shift": 4}}),
     ],
 )  # fmt: skip
 def test_what_each_method_learns(method, shapes):

@@ -10,7 +10,7 @@ lie in one tensor each, whose rows are picked by an index: one task for the whol
 Source: Diffscaler (arXiv 2404.09976), section 3. Letters: K tasks, r rank, I inputs, O output channels.
 """
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -192,7 +192,7 @@ def has_channels(layer: nn.Module) -> bool:
 
 @torch.no_grad()
 def merged_weights(
-    layer: nn.Module, scale: Tensor | None, shift: Tensor | None
+    layer: Any, scale: Tensor | None, shift: Tensor | None
 ) -> tuple[dict[str, Tensor], tuple[bool, bool]]:
     """The weights of a layer with scale and shift of one task inside.
 

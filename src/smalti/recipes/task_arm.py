@@ -27,8 +27,8 @@ from smalti.sampling.pipeline import TextToImagePipeline
 from smalti.training.adapters import full_copy
 from smalti.training.config import TrainConfig
 from smalti.training.latent_source import LatentSource
+from smalti.training.shared_base import Method
 from smalti.training.task_bank import TaskBank
-from smalti.training.task_set import Method
 from smalti.training.trainer import Trainer
 from smalti.zoo.loader import load_model
 
@@ -91,13 +91,14 @@ def pipeline() -> TextToImagePipeline:
     return pipe
 
 
-def adapt(method: Method | None, name: str, config: TrainConfig) -> dict[str, float]:
+def adapt(method: Method | None, name: str, config: TrainConfig, affine_rate: float = 1.0) -> dict[str, float]:
     """Adapts `emoji` to a target set.
 
     Args:
         method: of the parameters, or None for all of them.
         name: of the target set.
         config: of the training.
+        affine_rate: factor on the rates of scales and shifts.
 
     Returns:
         Fréchet distance and loss on held-out concepts, the share of parameters, images per second.
@@ -112,7 +113,7 @@ def adapt(method: Method | None, name: str, config: TrainConfig) -> dict[str, fl
         trainer = Trainer(
             full_copy(pipe.transformer) if bank is None else bank.train(name),
             FlowMatching(), train, config, Path(folder), held_out=held_out,
-            factors=None if bank is None else bank.factors(),
+            factors=None if bank is None else bank.factors(affine_rate),
         )  # fmt: skip
         report = trainer.fit()
     if bank is None:

@@ -15,7 +15,8 @@ from smalti.core.errors import Refusal
 from smalti.core.protocols import Cond
 from smalti.nn.affiner import NORMS, Form
 from smalti.nn.patchify import patchify
-from smalti.training.task_set import SPATIAL, Method, Spatial
+from smalti.training.shared_base import SPATIAL, Method
+from smalti.training.task_set import Spatial
 
 LAST = ("to_out", "proj_out", "to_out.0", "net.2")
 """Names of the layers that sublayers end with."""

@@ -21,10 +21,11 @@ from smalti.core.errors import NeverEngaged, Refusal, UserError
 from smalti.core.files import atomic_file
 from smalti.nn.affiner import merged_weights
 from smalti.training.optimizers import Factors
-from smalti.training.task_set import Merged, Method, Route, SharedBase, Spatial, Task, TaskSet, key_of
+from smalti.training.shared_base import Merged, Method, Route, SharedBase, key_of
+from smalti.training.task_set import Spatial, Task, TaskSet
 from smalti.zoo.loader import weights_hash
 
-UNDECAYED = ("scale", "shift", "strength")
+AFFINE = ("scale", "shift")
 
 
 class TaskBank:
@@ -104,6 +105,9 @@ class TaskBank:
             self.base.refuse_merged()
             yield self.model
             return
+        device = next(self.model.parameters()).device
+        if self.tasks.sizes.device != device:
+            self.tasks.to(device)
         names = frozenset([task] if isinstance(task, str) else task)
         route = Route(self.tasks, names, self.tasks.index(task), spatial)
         self.base.enter(route)
@@ -125,11 +129,19 @@ class TaskBank:
         for name in trained.names:
             self.tasks.load_task(name, trained.task_state(name))
 
-    def factors(self) -> dict[str, Factors]:
-        """For the trainer: scales, shifts and strengths are not decayed, however many tasks are stacked."""
-        names = [name for name, _ in self.tasks.named_parameters()]
-        undecayed = [name for name in names if name.rsplit(".")[-1] in UNDECAYED or name.startswith("tables.")]
-        return {name: Factors(decay=0.0) for name in undecayed}
+    def factors(self, affine_rate: float = 1.0) -> dict[str, Factors]:
+        """For the trainer: scales, shifts, strengths and labels are not decayed, however many tasks are stacked.
+
+        Args:
+            affine_rate: factor on the rates of scales and shifts.
+        """
+        rates = dict.fromkeys(AFFINE, affine_rate) | {"strength": 1.0}
+        kinds = {name: name.rpartition(".")[2] for name, _ in self.tasks.named_parameters()}
+        return {
+            name: Factors(rates.get(kind, 1.0), 0.0)
+            for name, kind in kinds.items()
+            if kind in rates or name.startswith("tables.")
+        }
 
     def groups(self, tasks: TaskSet, rate: float, decay: float) -> list[dict[str, Any]]:
         """Parameter groups for any optimizer of torch, without decay where there must be none."""

@@ -16,8 +16,8 @@ from smalti.core.errors import UserError
 from smalti.core.protocols import Batch, Objective
 from smalti.training.config import TrainConfig
 from smalti.training.data_order import SampleSource
+from smalti.training.shared_base import TASK
 from smalti.training.task_bank import TaskBank
-from smalti.training.task_set import TASK
 from smalti.training.trainer import Trainer, TrainReport
 
 
