@@ -52,6 +52,10 @@ def test_tasks_come_and_go():
         bank(*given, task="one")
     with pytest.raises(UserError, match="'two' is in the bank already"):
         bank.add("two")
+    trained = bank_of("one").train()
+    for refused in (lambda: bank.put(trained), lambda: bank.save("one", "one"), lambda: bank.share("one")):
+        with pytest.raises(UserError, match="unknown task 'one'"):
+            refused()
 
 
 def test_merging_puts_scale_and_shift_into_the_weights():

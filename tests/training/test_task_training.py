@@ -1,5 +1,7 @@
 """Trainings of tasks: together with mixed batches, or one after the other; nobody forgets and the model stays."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from task_toys import Flat, bank_of, inputs
@@ -67,6 +69,16 @@ def test_in_turn_forgets_nothing(tmp_path):
 
 
 def test_the_bank_holds_the_average(tmp_path):
+    learned = []
+    for ema in (0.0, 0.9):  # from the same start, with the same draws
+        bank, sources = ready()
+        config = replace(CONFIG, steps=5, ema=ema)
+        train_together(bank, {"low": sources["low"]}, FlowMatching(), config, tmp_path / str(ema))
+        learned.append(state(bank, "low"))
+    assert any(not torch.equal(learned[0][key], one) for key, one in learned[1].items())
+
+
+def test_a_trained_set_and_the_bank_agree(tmp_path):
     (bank, sources), given = ready(), inputs()
     seen = bank.train("low")
     assert torch.equal(seen(*given), bank(*given, task="low"))

@@ -211,16 +211,15 @@ def merged_weights(
     weight, bias = layer.weight, getattr(layer, "bias", None)
     if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point():
         raise Refusal(f"the weight of {type(layer).__name__} is quantised; leave the task unmerged")
+    if isinstance(layer, nn.Embedding):  # its rows are outputs
+        made = weight.float() * (1 if scale is None else 1 + scale) + (0 if shift is None else shift)
+        return {"weight": made}, (scale is not None, shift is not None)
     values: dict[str, Tensor] = {}
-    is_embedding = isinstance(layer, nn.Embedding)
     if scale is not None:
-        factor = 1 + scale if is_embedding else (1 + scale).reshape(-1, *(1,) * (weight.ndim - 1))
-        values["weight"] = weight.float() * factor
-    if shift is not None and is_embedding:
-        values["weight"] = values.get("weight", weight.float()) + shift
-    elif shift is not None and isinstance(bias, Tensor):
+        values["weight"] = weight.float() * (1 + scale).reshape(-1, *(1,) * (weight.ndim - 1))
+    if shift is not None and bias is not None:
         values["bias"] = bias.float() + shift
-    return values, (scale is not None, shift is not None and (is_embedding or isinstance(bias, Tensor)))
+    return values, ("weight" in values, "bias" in values)
 
 
 def _zeros(*shape: int) -> nn.Parameter:

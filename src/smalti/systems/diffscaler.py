@@ -36,7 +36,7 @@ SYSTEM = System(
     data=("emoji",),
 )  # fmt: skip
 METHODS = {"diffscaler": DiffScaler(rank=3), "scale-shift": scale_shift, "lora": lora(4), "full": None}
-RATES = {"diffscaler": 8e-3, "scale-shift": 1e-2, "lora": 4e-3, "full": 5e-4}
+RATES = {"diffscaler": 4e-3, "scale-shift": 2e-2, "lora": 8e-3, "full": 1e-3}
 """The best of three for each, on the set `places` and another seed."""
 SETS = ("flags", "symbols", "people", "few")
 STEPS, LIMIT = 250, 1.15

@@ -115,8 +115,6 @@ class SharedBase:
         model.requires_grad_(False)
         self.labels = next((one for one in model.modules() if isinstance(one, LabelEmbedder)), None)
         self.patches = next((getattr(model, name) for name in PATCH_EMBEDDERS if hasattr(model, name)), None)
-        if any(one._compiled_call_impl is not None for one in model.modules()):
-            torch.compiler.reset()  # what was compiled without hooks would go on without them
         self.handles = [model.register_forward_pre_hook(_marked(self._begin), with_kwargs=True)]
         self.handles += [layer.register_forward_hook(self._adapt(path)) for path, layer in self.layers.items()]
         if self.labels is not None:

@@ -126,6 +126,8 @@ class TaskBank:
     def put(self, trained: nn.Module) -> None:
         """Takes over what a set of tasks, or its average, has learned."""
         assert isinstance(trained, TaskSet)
+        self.base.refuse_merged()
+        self.tasks.index(trained.names)
         for name in trained.names:
             self.tasks.load_task(name, trained.task_state(name))
 

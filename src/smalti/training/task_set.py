@@ -136,7 +136,7 @@ class TaskSet(nn.Module):
 
     def task_state(self, name: str) -> dict[str, Tensor]:
         """The parameters of one task by name; the same tensors, not copies."""
-        row = self.names.index(name)
+        row = int(self.index(name))
         state = {f"layers.{key}": value[row] for key, value in self.layers.named_parameters()}
         if key_of(name) in self.tables:
             state["label"] = self.tables[key_of(name)]
