@@ -10,6 +10,7 @@ lie in one tensor each, whose rows are picked by an index: one task for the whol
 Source: Diffscaler (arXiv 2404.09976), section 3. Letters: K tasks, r rank, I inputs, O output channels.
 """
 
+import math
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -69,18 +70,10 @@ class Affiner(nn.Module):
                 inner = (layer.in_channels, *layer.kernel_size)
             else:
                 inner = (layer.in_features,)
-            self.down = nn.Parameter(torch.empty(tasks, form.rank, *inner))
+            bound = math.prod(inner) ** -0.5
+            self.down = nn.Parameter(torch.empty(tasks, form.rank, *inner).uniform_(-bound, bound))
             self.up = _zeros(tasks, channels, form.rank)
             self.strength = None if form.strength is None else nn.Parameter(torch.full((tasks,), form.strength))
-            for row in range(tasks):
-                self.reset(row)
-
-    @torch.no_grad()
-    def reset(self, row: int) -> None:
-        """Draws a new W_down for one task; the rest of a new row is at its start already."""
-        if self.down is not None:
-            bound = self.down[0, 0].numel() ** -0.5
-            self.down[row].uniform_(-bound, bound)
 
     def forward(
         self, x: Tensor, out: Tensor, bias: Tensor | None, index: Tensor, merged: tuple[bool, bool] = (False, False)

@@ -59,10 +59,9 @@ class TaskSet(nn.Module):
     def __init__(self, base: SharedBase, tasks: Mapping[str, Task]):
         super().__init__()
         self.base, self.tasks = base, dict(tasks)
-        with torch.no_grad():
-            self.layers = nn.ModuleDict(
-                {key_of(path): Affiner(layer, base.forms[path], len(tasks)) for path, layer in base.layers.items()}
-            )
+        self.layers = nn.ModuleDict(
+            {key_of(path): Affiner(layer, base.forms[path], len(tasks)) for path, layer in base.layers.items()}
+        )
         self.tables, self.spatials = nn.ParameterDict(), nn.ModuleDict()
         for name, task in self.tasks.items():
             if task.classes is not None:
