@@ -91,14 +91,13 @@ def pipeline() -> TextToImagePipeline:
     return pipe
 
 
-def adapt(method: Method | None, name: str, config: TrainConfig, affine_rate: float = 1.0) -> dict[str, float]:
+def adapt(method: Method | None, name: str, config: TrainConfig) -> dict[str, float]:
     """Adapts `emoji` to a target set.
 
     Args:
         method: of the parameters, or None for all of them.
         name: of the target set.
         config: of the training.
-        affine_rate: factor on the rates of scales and shifts.
 
     Returns:
         Fréchet distance and loss on held-out concepts, the share of parameters, images per second.
@@ -113,7 +112,7 @@ def adapt(method: Method | None, name: str, config: TrainConfig, affine_rate: fl
         trainer = Trainer(
             full_copy(pipe.transformer) if bank is None else bank.train(name),
             FlowMatching(), train, config, Path(folder), held_out=held_out,
-            factors=None if bank is None else bank.factors(affine_rate),
+            factors=None if bank is None else bank.factors(),
         )  # fmt: skip
         report = trainer.fit()
     if bank is None:

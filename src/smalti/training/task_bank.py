@@ -25,7 +25,7 @@ from smalti.training.shared_base import Merged, Method, Route, SharedBase, key_o
 from smalti.training.task_set import Spatial, Task, TaskSet
 from smalti.zoo.loader import weights_hash
 
-AFFINE = ("scale", "shift")
+UNDECAYED = ("scale", "shift", "strength")
 
 
 class TaskBank:
@@ -131,19 +131,11 @@ class TaskBank:
         for name in trained.names:
             self.tasks.load_task(name, trained.task_state(name))
 
-    def factors(self, affine_rate: float = 1.0) -> dict[str, Factors]:
-        """For the trainer: scales, shifts, strengths and labels are not decayed, however many tasks are stacked.
-
-        Args:
-            affine_rate: factor on the rates of scales and shifts.
-        """
-        rates = dict.fromkeys(AFFINE, affine_rate) | {"strength": 1.0}
-        kinds = {name: name.rpartition(".")[2] for name, _ in self.tasks.named_parameters()}
-        return {
-            name: Factors(rates.get(kind, 1.0), 0.0)
-            for name, kind in kinds.items()
-            if kind in rates or name.startswith("tables.")
-        }
+    def factors(self) -> dict[str, Factors]:
+        """For the trainer: scales, shifts, strengths and labels are not decayed, however many tasks are stacked."""
+        names = [name for name, _ in self.tasks.named_parameters()]
+        undecayed = [name for name in names if name.rpartition(".")[2] in UNDECAYED or name.startswith("tables.")]
+        return {name: Factors(decay=0.0) for name in undecayed}
 
     def groups(self, tasks: TaskSet, rate: float, decay: float) -> list[dict[str, Any]]:
         """Parameter groups for any optimizer of torch, without decay where there must be none."""
