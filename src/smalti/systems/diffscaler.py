@@ -6,6 +6,7 @@ shipped `emoji` learns four sets of concepts that it never saw nearly as well as
 than by scales and shifts alone.
 """
 
+from collections.abc import Sequence
 from statistics import fmean
 
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 
 from smalti.core.protocols import Batch, Cond
 from smalti.core.system import Check, System, Verdict
-from smalti.evaluation.arms import run_arms
+from smalti.evaluation.arms import Arms, run_arms
 from smalti.evaluation.full_size import sit_xl
 from smalti.evaluation.paired import compare
 from smalti.evaluation.timing import median_seconds, paired_ratio
@@ -38,9 +39,9 @@ SYSTEM = System(
 )  # fmt: skip
 METHODS = {"diffscaler": DiffScaler(rank=3), "scale-shift": scale_shift, "lora": lora(4), "full": None}
 RATES = {"diffscaler": 4e-3, "scale-shift": 2e-2, "lora": 8e-3, "full": 1e-3}
-"""The best of three for each, on the set `places` and another seed."""
-SETS = ("flags", "symbols", "people", "few")
-STEPS, LIMIT = 250, 1.15
+"""The best of three for each, on the sets `places` and `objects` and another seed."""
+SETS = ("flags", "symbols", "people", "few")  # the last one is small
+STEPS, LIMIT = 200, 1.15
 
 
 def small(ctx) -> Verdict:
@@ -48,18 +49,26 @@ def small(ctx) -> Verdict:
     stock()
     for name in SETS:
         sources(target(name))
-    steps, seeds = round(STEPS * ctx.budget), ctx.seeds[:1]
-    names = [f"{method} {name}" for name in SETS for method in ("frozen", *METHODS)]
-    arms = run_arms("diffscaler", names, seeds, ctx.scratch, {"steps": steps}, say=ctx.say)
+    steps, seeds = round(STEPS * ctx.budget), ctx.seeds[-2:]  # 0 was seen while the claim was made
 
-    def over_full(method: str) -> list[float]:
-        """One number a set, whose distances are of different sizes."""
-        return [arms.mean(f"{method} {n}", "distance") / arms.mean(f"full {n}", "distance") for n in SETS]
+    def run(methods: Sequence[str], seeds: tuple[int, ...]) -> Arms:
+        names = [f"{method} {name}" for name in SETS for method in methods]
+        return run_arms("diffscaler", names, seeds, ctx.scratch, {"steps": steps}, say=ctx.say)
 
-    ours, frozen, scaled = (over_full(method) for method in ("diffscaler", "frozen", "scale-shift"))
-    main = compare(ours, [min(LIMIT, one) for one in scaled])
-    worst = max(mine / theirs for mine, theirs in zip(ours, frozen, strict=True))
-    share, few = arms.mean(f"diffscaler {SETS[0]}", "share"), ours[SETS.index("few")]
+    arms, beside = run(("diffscaler", "scale-shift", "full"), seeds), run(("frozen", "lora"), seeds[:1])
+
+    def over_full(method: str, among: Arms) -> list[float]:
+        """One number for each set and seed of some arms; the distances of the sets are of different sizes."""
+        both = [
+            (among.values(f"{method} {name}", "distance"), arms.values(f"full {name}", "distance")) for name in SETS
+        ]
+        return [mine / theirs for one in both for mine, theirs in zip(*one)]
+
+    ours, scaled = over_full("diffscaler", arms), over_full("scale-shift", arms)
+    lora_, frozen = over_full("lora", beside), over_full("frozen", beside)
+    main, first = compare(ours, [min(LIMIT, one) for one in scaled]), ours[:: len(seeds)]
+    worst = max(mine / theirs for mine, theirs in zip(first, frozen, strict=True))
+    share, few = arms.mean(f"diffscaler {SETS[0]}", "share"), fmean(ours[-len(seeds) :])
     bank = TaskBank.wrap(ctx.model("emoji").transformer, METHODS["diffscaler"])
     changed, apart = drift(bank), mixed_error(bank)
 
@@ -73,7 +82,10 @@ def small(ctx) -> Verdict:
         measured=f"FD-EfficientNetLite0 of held-out captions after {steps} steps, over that of full, mean of the sets",
         unit="ratio",
         ours=main.ours,
-        comparators={name: fmean(over_full(name)) for name in ("full", "scale-shift", "lora", "frozen")},
+        comparators={
+            "full": 1.0, "scale-shift": fmean(scaled), "lora": fmean(lora_),
+            "frozen": fmean(frozen),
+        },
         rule=f"ours < {LIMIT:g} * full and < scale-shift",
         outcome=main.outcome,
         interval=(main.low, main.high),
@@ -82,16 +94,22 @@ def small(ctx) -> Verdict:
             Check("parameters of a task, of the model's", share, "< 0.03", share < 0.03),
             compare(ours, scaled).check("ours beside scale-shift alone", "< scale-shift"),
             Check("the worst set, over the frozen model", worst, "< 1", worst < 1),
-            compare(ours, over_full("lora")).check("ours beside LoRA of as many parameters", "< lora"),
+            compare(first, lora_).check("ours beside LoRA of as many parameters", "< lora"),
             Check("the set of 96 pictures, over full", few, "< 1", few < 1),
             Check("FD of full fine-tuning", fmean(arms.mean(f"full {name}", "distance") for name in SETS)),
-            Check("FD of real training pictures", fmean(arms.mean(f"frozen {name}", "floor") for name in SETS)),
+            Check("FD of real training pictures", fmean(beside.mean(f"frozen {name}", "floor") for name in SETS)),
             Check("change of the model's output", changed, "0, bit for bit", changed == 0),
             Check("two tasks in one batch, samples apart by", apart, "< 1e-5", apart < 1e-5),
             Check("seconds of a switch", took),
         ),
-        figures={name: dict(arms.figures[name][0]) for name in names},
-        notes=f"{steps} steps of 16, no guidance, one seed; pairs are the sets, groups that emoji was not trained on",
+        figures={name: list(some) for name, some in (*arms.figures.items(), *beside.figures.items())},
+        notes=f"{steps} steps of 16, no guidance; pairs are sets (groups that emoji was not trained on) and seeds",
+        tried=(
+            "rates on objects, seed 100, 250 steps: ours 4e-3 1611, 8e-3 1623, 16e-3 1622; scale-shift 1e-2 1655, "
+            "2e-2 1618, 4e-2 1620; full 5e-4 1607, 1e-3 1596",
+            "the claim's sets, seed 0, 250 steps: ours 1366, full 1300, scale-shift 1402, lora 1342, frozen 1760; "
+            "unresolved by differences of FD (4 pairs), just holding by ratios, hence the second seed",
+        ),
     )  # fmt: skip
 
 
