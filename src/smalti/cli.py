@@ -7,10 +7,9 @@ Everything heavy is imported inside the commands, so that `smalti --help` answer
 import errno
 import json
 import os
-import shlex
 import sys
 import warnings
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,7 +32,6 @@ _USAGE_ERROR: Any = typer.BadParameter.__bases__[0]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Settings = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; dots reach inside.")]
 
-FOLDER_RECIPE = "folder"
 QUIET = {
     "HF_HUB_OFFLINE": "1",
     "DIFFUSERS_VERBOSITY": "error",
@@ -166,54 +164,25 @@ def train(
     preset: Annotated[str, typer.Option(help="Preset of the recipe: cpu or gpu.")] = "cpu",
     size: Annotated[int | None, typer.Option(help="Picture size in pixels, 64 to 512 (with --data).")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Folder of any diffusers autoencoder (with --data).")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Time for everything, 10m or 2h: chooses the rest (--data).")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan of --budget and stop.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     settings: Settings = [],  # noqa: B006 (typer copies it)
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the training in --out stopped.")] = False,
     as_json: Json = False,
 ) -> None:
     """Train a model from nothing."""
-    from smalti.core.discovery import load_member
-    from smalti.core.errors import unknown_name
-    from smalti.core.settings import override
+    from smalti.tasks import training
     from smalti.training.messages import is_main
 
-    if (recipe is None) == (data is None):
-        raise UserError("give either --recipe NAME or --data FOLDER")
-    if recipe is not None and (size is not None or tokenizer is not None):
-        raise UserError("--size and --tokenizer go with --data; a recipe has its own")
-    module = load_member("recipes", FOLDER_RECIPE) if recipe is None else _recipe(recipe)
-    if preset not in module.PRESETS:
-        raise unknown_name("preset", preset, module.PRESETS)
-    chosen = module.PRESETS[preset]
-    if data is not None:
-        chosen = replace(chosen, data=str(data), tokenizer=None if tokenizer is None else str(tokenizer))
-        chosen = chosen if size is None else replace(chosen, size=size)
-    folder = module.train(override(chosen, list(settings)), out, resume)
+    request = training.Request(
+        recipe, data, out, preset, size, tokenizer, list(settings), resume, budget, dry_run, device
+    )
+    content, text = training.run(request)
     if is_main():
-        _print({"model": str(folder)}, as_json, f"{folder}\n{_how_to_draw(folder)}".rstrip())
-
-
-def _recipe(name: str) -> Any:
-    """The module of a recipe: a member of its stage that defines presets, seen without importing all of them."""
-    from smalti.core.discovery import ROOT, load_member, members
-    from smalti.core.errors import unknown_name
-
-    sources = {one: (ROOT / "recipes" / f"{one}.py").read_text(encoding="utf-8") for one in members("recipes")}
-    known = [one.replace("_", "-") for one, text in sources.items() if "\nPRESETS" in text and one != FOLDER_RECIPE]
-    if name.replace("_", "-") not in known:
-        raise unknown_name("recipe", name, known)
-    return load_member("recipes", name)
-
-
-def _how_to_draw(folder: Path) -> str:
-    """The command that draws with a new model; nothing if it draws no pictures."""
-    from smalti.core.files import read_json
-
-    if not (folder / "model_index.json").is_file():
-        return ""
-    index = read_json(folder / "model_index.json")
-    prompt = '"A PROMPT" ' if index["text_encoder"] else ""
-    style = f" --style {shlex.quote(index['styles'][0])}" if index["styles"] else ""
-    return f"smalti generate {prompt}--model {shlex.quote(str(folder))}{style}"
+        _print(content, as_json, text)
 
 
 @app.command()

@@ -11,11 +11,15 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
 from smalti.core.errors import UserError
+from smalti.core.protocols import Cond
+from smalti.data.folder import load_folder
 from smalti.recipes import folder_autoencoder
-from smalti.recipes.folder import PRESETS, FolderRecipe, train
+from smalti.recipes.folder import PRESETS, FolderRecipe, overfitting, start_transformer, train
+from smalti.recipes.folder_autoencoder import base_autoencoder
 from smalti.tasks.text_to_image import Request, draw
 from smalti.training import checkpoints
 from smalti.training.config import TrainConfig
+from smalti.training.mup import MuReadout
 from smalti.training.progress import read_log
 from smalti.zoo.loader import load_model, model_card
 
@@ -130,6 +134,30 @@ def test_held_out_pictures(make_pictures, tiny_autoencoder, tmp_path):
     logged = [line["held_out_loss"] for line in read_log(run / "transformer" / "log.jsonl") if "held_out_loss" in line]
     assert len(logged) == 2
     assert model_card(model)["held_out_loss"] == logged[-1]
+
+
+def test_a_rate_carried_over_has_factors_and_leaves_a_plain_model(make_pictures, tiny_autoencoder, tmp_path):
+    asked = recipe(make_pictures(tmp_path / "data"), tiny_autoencoder, tuned_width=64)
+    base, pictures = base_autoencoder(asked.tokenizer), load_folder(asked.data, 64, 8)
+    started = start_transformer(asked, base, pictures)
+    assert started.factors["blocks.0.attn.to_qkv.weight"].rate == 4  # a quarter as wide as where the rate was tuned
+    assert start_transformer(replace(asked, tuned_width=None), base, pictures).factors is None
+    torch.nn.init.normal_(started.model.proj_out.weight)
+    x, t = torch.randn(1, 16, 8, 8), torch.rand(1)
+    plain = started.plain(started.model)
+    assert not any(isinstance(one, MuReadout) for one in plain.modules())
+    torch.testing.assert_close(plain(x, t, Cond()), started.model(x, t, Cond()))
+
+
+@pytest.mark.parametrize(
+    ("losses", "sentence"),
+    [({}, "nothing was held out"), ({10: 0.8, 20: 0.6, 30: 0.9}, "lowest after step 20 (0.6000) and is 0.9000 now"),
+     ({10: 0.8, 20: 0.6}, "was 0.6000 at the end, 0.8000 after step 10")],
+)  # fmt: skip
+def test_overfitting_is_said(tmp_path, losses, sentence):
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(json.dumps({"step": step, "held_out_loss": loss}) + "\n" for step, loss in losses.items()))
+    assert sentence in overfitting(log)
 
 
 def test_a_folder_of_another_training_is_refused(make_pictures, tiny_autoencoder, tmp_path, capsys):

@@ -112,6 +112,27 @@ def test_weights_start_by_their_fan_in_and_the_readout_at_zero():
     assert not model.blocks[0].attn.to_qkv.bias.any()
 
 
+def test_an_own_start_is_the_models_at_the_base_and_keeps_its_zeros_elsewhere():
+    mu = MuP(dit, 16, start="own")
+    torch.manual_seed(0)
+    plain = dit(16)
+    ours = mu.model(16, seed=0)
+    for name, one in plain.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], one), name
+    wide, base = mu.model(256, seed=0), mu.model(16, seed=0)
+
+    def spread(name):
+        return wide.get_parameter(name).std().item() / base.get_parameter(name).std().item()
+
+    assert spread("blocks.0.attn.to_qkv.weight") == pytest.approx(1 / 4, rel=0.1)  # one drawn base, so not to the digit
+    assert spread("x_embedder.weight") == pytest.approx(1, rel=0.2)
+    assert spread("label_embedder.table.weight") == pytest.approx(1, rel=0.3)
+    assert not wide.shared_modulation.linear.weight.any()
+    assert not wide.proj_out.weight.any()
+    with pytest.raises(UserError, match="fan-in"):
+        MuP(dit, 16, start="kaiming")
+
+
 def test_the_readout_divides_by_the_ratio_and_folds_away():
     mu = MuP(dit, 16, output_mult=2.0)
     model = mu.model(64, seed=0)

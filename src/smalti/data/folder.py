@@ -13,7 +13,7 @@ silently. Pixels are decoded when asked for. Letters: B a batch, H W the sides o
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +56,18 @@ class FolderSet:
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def take(self, indices: Sequence[int]) -> "FolderSet":
+        """These pictures alone, as a folder that holds no others; `hash` is extended by their choice."""
+        captions, labels = self.captions, self.labels
+        return replace(
+            self,
+            files=tuple(self.files[i] for i in indices),
+            shapes=tuple(self.shapes[i] for i in indices),
+            captions=None if captions is None else [captions[i] for i in indices],
+            labels=None if labels is None else [labels[i] for i in indices],
+            hash=hashlib.sha256(f"{self.hash}:{list(indices)}".encode()).hexdigest(),
+        )
 
     def pixels(self, indices: Sequence[int] | Tensor | np.ndarray) -> Tensor:
         """Pictures of one bucket, scaled and cropped: (B, 3, H, W) float32 in [-1, 1].

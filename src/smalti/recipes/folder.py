@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from smalti.backbones.dit import DiT
+from smalti.backbones.mmdit import MMDiT
 from smalti.core.errors import UserError
 from smalti.core.files import atomic_file
 from smalti.data.folder import FolderSet, load_folder
@@ -27,6 +29,8 @@ from smalti.recipes.folder_samples import memorising, sample_sheet
 from smalti.recipes.folder_source import latent_sources, split_pictures
 from smalti.training.config import TrainConfig
 from smalti.training.messages import is_main, say
+from smalti.training.mup import MuP
+from smalti.training.optimizers import Factors
 from smalti.training.processes import join_processes
 from smalti.training.progress import read_log
 from smalti.training.run_folder import check_run, open_run
@@ -36,6 +40,8 @@ from smalti.zoo.loader import save_model, settings_hash, weights_hash
 
 SAMPLES = 16
 FEW = 1000
+RISE = 1.01
+"""So many times the lowest held-out loss is overfitting."""
 TEXT_LENGTHS = range(4, 513)
 
 
@@ -54,6 +60,7 @@ class FolderRecipe:
         text_length: tokens of a prompt, 4 to 512.
         objective: path, times and weights of the loss.
         guidance: default guidance scale of the pipeline, from 0.
+        tuned_width: width at which the rate was tuned; muP carries it to the transformer's. None: the rate is its own.
 
     Raises:
         UserError: a value is out of range.
@@ -73,6 +80,7 @@ class FolderRecipe:
     text_length: int = 32
     objective: FlowMatching = field(default_factory=FlowMatching)
     guidance: float = 2.0
+    tuned_width: int | None = None
 
     def __post_init__(self):
         if self.text_length not in TEXT_LENGTHS:
@@ -113,8 +121,7 @@ def train(recipe: FolderRecipe, out: Path, resume: bool = False) -> Path:
         base = base_autoencoder(recipe.tokenizer).to(processes.device)  # type: ignore[arg-type]  # diffusers wraps `to`
         multiple = base.factor * patch_size(recipe.transformer, recipe.size, base)
         pictures = load_folder(recipe.data, recipe.size, multiple, progress=is_main())
-        torch.manual_seed(recipe.training.seed)
-        transformer = build_transformer(recipe.transformer, recipe.size, base, pictures)
+        started = start_transformer(recipe, base, pictures)
         facts = facts_of(base, pictures)
         if is_main():
             open_run(out, facts | {"settings": identity(recipe)}, resume)
@@ -127,7 +134,7 @@ def train(recipe: FolderRecipe, out: Path, resume: bool = False) -> Path:
     with processes.main_process_first():  # the others find the caches
         source, held_out = latent_sources(autoencoder, pictures, split, recipe.text_length, out / "cache")
     pipe = build_pipeline(
-        transformer, autoencoder, pictures, size=recipe.size, text_length=recipe.text_length, guidance=recipe.guidance
+        started.model, autoencoder, pictures, size=recipe.size, text_length=recipe.text_length, guidance=recipe.guidance
     )
     shown = [split.train[index] for index in spread(len(split.train), SAMPLES)]
 
@@ -138,12 +145,13 @@ def train(recipe: FolderRecipe, out: Path, resume: bool = False) -> Path:
 
     facts["autoencoder"] = weights_hash(autoencoder)
     trainer = Trainer(
-        transformer, recipe.objective, source, recipe.training, out / "transformer",
-        held_out=held_out, on_sample=draw, description=facts,
+        started.model, recipe.objective, source, recipe.training, out / "transformer",
+        held_out=held_out, on_sample=draw, description=facts, factors=started.factors,
     )  # fmt: skip
     report = trainer.fit(resume=resume)
     if is_main():
-        pipe.register_modules(transformer=trainer.ema_model.eval())
+        pipe.register_modules(transformer=started.plain(trainer.ema_model).eval())
+        say(overfitting(report.curve))
         found = memorising(pipe, pictures, split.train)
         say(found.sentence)
         settings = plain(recipe)
@@ -152,6 +160,45 @@ def train(recipe: FolderRecipe, out: Path, resume: bool = False) -> Path:
         save_model(pipe, out / "model", card | {"metrics": found.figures})
     processes.wait_for_everyone()
     return out / "model"
+
+
+@dataclass(frozen=True)
+class Started:
+    """A transformer with fresh weights.
+
+    Args:
+        model: to be trained.
+        mu: its parametrisation; None = none.
+        optimizer: that trains it.
+    """
+
+    model: MMDiT | DiT
+    mu: MuP | None
+    optimizer: str
+
+    @property
+    def factors(self) -> dict[str, Factors] | None:
+        """On the rates of its parameters."""
+        return None if self.mu is None else self.mu.factors(self.model, self.optimizer)
+
+    def plain(self, model: nn.Module) -> nn.Module:
+        """A trained one as it is saved."""
+        return model if self.mu is None else self.mu.fold(model)
+
+
+def start_transformer(recipe: FolderRecipe, base: Autoencoder, pictures: FolderSet) -> Started:
+    """The untrained transformer for these pictures."""
+
+    def build(width: int | None = None) -> MMDiT | DiT:
+        heads = {} if width is None else {"heads": width // recipe.transformer["head_dim"]}
+        return build_transformer(recipe.transformer | heads, recipe.size, base, pictures)
+
+    torch.manual_seed(recipe.training.seed)
+    if recipe.tuned_width is None:
+        return Started(build(), None, recipe.training.optimizer)
+    mu = MuP(build, recipe.tuned_width, start="own")
+    width = recipe.transformer["heads"] * recipe.transformer["head_dim"]
+    return Started(mu.model(width), mu, recipe.training.optimizer)  # type: ignore[arg-type]  # what `build` made
 
 
 def check_places(data: str, out: Path) -> None:
@@ -191,6 +238,22 @@ def report_pictures(pictures: FolderSet) -> None:
     say(f"{len(pictures)} pictures of {'one shape' if shapes == 1 else f'{shapes} shapes'}, conditioned on {kind}")
     if len(pictures) < FEW:
         say("so few pictures are learned by heart: expect these again rather than new ones of their kind")
+
+
+def overfitting(log: Path) -> str:
+    """A sentence on the held-out loss of a training: whether it was still falling."""
+    losses = {line["step"]: line["held_out_loss"] for line in read_log(log) if "held_out_loss" in line}
+    if len(losses) < 2:
+        return "nothing was held out, so whether new pictures profit cannot be told"
+    best, last = min(losses, key=lambda step: losses[step]), max(losses)
+    if losses[last] <= RISE * losses[best]:
+        return (
+            f"the held-out loss was {losses[last]:.4f} at the end, {losses[min(losses)]:.4f} after step {min(losses):g}"
+        )
+    return (
+        f"overfitting: the held-out loss was lowest after step {best:g} ({losses[best]:.4f}) and is {losses[last]:.4f} "
+        "now; more pictures, or a smaller model, would help"
+    )
 
 
 def last_losses(log: Path) -> dict[str, float]:

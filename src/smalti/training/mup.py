@@ -8,7 +8,9 @@ width, for Adam-like optimizers:
     hidden  both                      std 1 / sqrt(fan_in)     as it is           eta / r    lambda * r
     output  inputs                    0                        input * mult / r   eta        lambda
 
-Embeddings, tables, biases and gains are of the input kind and start at std 0.02, 0 and 1. The head dimension stays and
+Embeddings, tables, biases and gains are of the input kind and start at std 0.02, 0 and 1. So modulations are no zeros
+any more; `start="own"` takes what the model itself draws at the base width instead, zeros too, and carries it to other
+widths: hidden weights by 1 / sqrt(r), all others as they are. The head dimension stays and
 heads are added, so attention keeps its 1 / sqrt(d). SGD has other factors, r for one growing axis and 1 for two, and
 Muon's hidden matrices take eta / sqrt(r): all entries of its update are as large as Adam's, but its spectral norm
 grows by sqrt(r) only. At the base width everything is what it is without muP.
@@ -25,11 +27,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smalti.core.errors import Refusal, UserError
+from smalti.core.errors import Refusal, UserError, unknown_name
 from smalti.training.optimizers import Factors, block_matrices
 
 Build = Callable[[int], nn.Module]
 Kind = Literal["input", "hidden", "output", "finite"]
+STARTS = ("fan-in", "own")
 MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TABLE_STD = 0.02
 HEAD_SIZES = ("head_dim", "attention_head_dim")
@@ -65,8 +68,10 @@ class MuP:
         base: width at which it is the plain model.
         delta: another width that tells which axes grow; twice the base by default.
         output_mult: factor on what the readout gets, tuned at the base width.
+        start: fan-in, weights as in the table; or own, as the model draws them at the base width, carried over.
 
     Raises:
+        UserError: an unknown start.
         Refusal: models of two widths differ in their parameters' names, or in the size of a head.
 
     Example:
@@ -76,8 +81,12 @@ class MuP:
         >>> plain = mu.fold(model)
     """
 
-    def __init__(self, build: Build, base: int, delta: int | None = None, output_mult: float = 1.0):
-        self.build, self.base, self.output_mult = build, base, output_mult
+    def __init__(
+        self, build: Build, base: int, delta: int | None = None, output_mult: float = 1.0, start: str = "fan-in"
+    ):
+        if start not in STARTS:
+            raise unknown_name("start", start, STARTS)
+        self.build, self.base, self.output_mult, self.start = build, base, output_mult, start
         with torch.device("meta"):
             small, other = build(base), build(2 * base if delta is None else delta)
         for name in HEAD_SIZES:
@@ -126,6 +135,8 @@ class MuP:
         Raises:
             Refusal: a parameter grows along two axes and belongs to no layer that says over which of them it sums.
         """
+        if self.start == "own":
+            return self._carry_over(model)
         owners = dict(model.named_modules())
         for name, one in self.scaled(model).items():
             path, _, leaf = name.rpartition(".")
@@ -138,6 +149,18 @@ class MuP:
                 nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
             elif isinstance(owner, nn.Embedding) or (parameter.ndim > 1 or leaf == "table"):
                 nn.init.normal_(parameter, std=TABLE_STD)
+        return model
+
+    def _carry_over(self, model: nn.Module) -> nn.Module:
+        """Sets what the model drew at its width to the sizes that the base draws, times what the table asks for."""
+        with torch.random.fork_rng(devices=[]):
+            base = dict(self.build(self.base).named_parameters())
+        for name, one in self.scaled(model).items():
+            parameter = model.get_parameter(name)
+            if one.ratio == 1 or name not in base or parameter.ndim < 2:
+                continue
+            wanted = base[name].std() * (one.ratio**-0.5 if one.kind == "hidden" else 1.0)
+            parameter.mul_(wanted / parameter.std().clamp_min(1e-12))
         return model
 
     def set_readouts(self, model: nn.Module) -> nn.Module:
@@ -189,7 +212,7 @@ class MuP:
     def table(self, model: nn.Module) -> dict[str, Any]:
         """What identifies the parametrisation of a model, as json: base, multiplier, and every parameter's kind."""
         kinds = {name: asdict(one) for name, one in self.scaled(model).items()}
-        return {"base": self.base, "output_mult": self.output_mult, "parameters": kinds}
+        return {"base": self.base, "output_mult": self.output_mult, "start": self.start, "parameters": kinds}
 
     def fold(self, model: nn.Module) -> nn.Module:
         """A plain copy that computes the same: factors of readouts go into their weights."""
