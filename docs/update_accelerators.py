@@ -17,7 +17,7 @@ far the final latents end from it. Beside them stand the plain ways: fewer steps
 of the interval. Which comes out ahead is left as it was found. Here each method has the first few settings that it
 offers; `smalti plan` changes them further, and what that gains stands in the README.
 
-These models are small: their pictures have 64 or 256 tokens, where attention is a small part of the work. Methods that
+These models are small: what they draw has 64 to 512 tokens, where attention is a small part of the work. Methods that
 thin attention out cannot win here; from how many tokens on a method is faster at all stands below. How TaylorSeer
 does beside diffusers' own and cache-dit's is in [peers.md](peers.md).
 """

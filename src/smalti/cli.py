@@ -144,13 +144,15 @@ def plan(
     ),
     plot: Annotated[Path | None, typer.Option(help="PNG file of time against distance.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    cluster: Annotated[str, typer.Option(help="ray: ways are tried first by workers.")] = "",
+    workers: Annotated[int, typer.Option(help="Of the cluster.")] = 2,
     as_json: Json = False,
 ) -> None:
     """Choose methods that meet a target on a pipeline, and show what they cost."""
     from smalti.tasks import plan_pipeline
 
     request = plan_pipeline.Request(
-        model, speedup, psnr, prompts, steps, size, batch, budget, max_memory, out, plot, device
+        model, speedup, psnr, prompts, steps, size, batch, budget, max_memory, out, plot, device, cluster, workers
     )
     found = plan_pipeline.make(request)
     _print({**asdict(found), "file": str(out)}, as_json, plan_pipeline.text(found, out))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import pytest
 
@@ -47,6 +48,18 @@ def test_the_plan_is_measured_on_prompts_that_the_search_never_saw(pipe, tmp_pat
     seen.clear()
     plan(pipe, PROMPTS, speedup=1.5, steps=12, minutes=0.01, keep=keep)
     assert not [way for way, prompts in seen if set(prompts) == searched and f"{way.name} | 3" in known]
+
+
+@pytest.mark.slow
+def test_workers_of_ray_try_what_one_process_would(pipe):
+    pytest.importorskip("ray")
+    alone, shared = (Search(Bench(pipe, [{**one, "seed": 0} for one in PROMPTS], Way(steps=8)), time.monotonic() + 60,
+                            None, False, cluster) for cluster in ("", "ray"))  # fmt: skip
+    ways = list(alone.ways(2.0))[:6]
+    here, there = alone.look_all(ways), shared.look_all(ways)
+    assert [one.way for one in here] == [one.way for one in there]
+    assert [one.distance for one in here] == pytest.approx([one.distance for one in there], rel=1e-3)
+    assert not shared.bench.results, "the ways were measured here"
 
 
 def test_a_target_out_of_reach_is_said(pipe):

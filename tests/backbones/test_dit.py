@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers.models.attention import BasicTransformerBlock
+from peft import LoraConfig
 
 from smalti.backbones.block import TransformerBlock
 from smalti.backbones.block_order import with_cross
@@ -12,6 +13,10 @@ from smalti.core.protocols import Cond
 from smalti.nn.block_attention import BlockContext
 
 X = (2, 4, 6, 8)
+
+
+TEXT = {"text_dim": 12, "modulation": "shared"}
+"""What makes a DiT look at text."""
 
 
 def awake(**changes):
@@ -46,8 +51,13 @@ def test_unconditional_and_sigma():
     assert model(torch.randn(X), torch.rand(2), Cond()).shape == (2, 8, 6, 8)
 
 
-def test_gradient_checkpointing_gives_the_same_gradient():
-    model, cond, t = awake(), Cond(pooled=torch.randn(2, 10)), torch.rand(2)
+def conditions():
+    return Cond(text=torch.randn(2, 5, 12), pooled=torch.randn(2, 10), label=torch.tensor([0, 2]))
+
+
+@pytest.mark.parametrize(("changes", "cond"), [({}, Cond(pooled=torch.ones(2, 10))), (TEXT, conditions())])
+def test_gradient_checkpointing_gives_the_same_gradient(changes, cond):
+    model, t = awake(**changes), torch.rand(2)
     x = torch.randn(X, requires_grad=True)
     (plain,) = torch.autograd.grad(model(x, t, cond).square().sum(), x)
     model.enable_gradient_checkpointing()
@@ -56,6 +66,24 @@ def test_gradient_checkpointing_gives_the_same_gradient():
     (checkpointed,) = torch.autograd.grad(model(x, t, cond).square().sum(), x)
     torch.testing.assert_close(checkpointed, plain)
     assert len(runs) == 2
+
+
+def test_lora_on_all_attentions_round_trips(tmp_path):
+    model, cond, x, t = awake(**TEXT), conditions(), torch.randn(X), torch.rand(2)
+    plain, weights = model(x, t, cond), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_qkv", "to_q", "to_kv", "to_out"], init_lora_weights=False))
+    adapted = model(x, t, cond)
+    assert not torch.allclose(adapted, plain, atol=1e-3)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert all("lora" in name for name in trained)
+    assert any("cross" in name for name in trained)
+    model.save_lora_adapter(tmp_path)
+    fresh = awake(**TEXT)
+    fresh.load_state_dict(weights)
+    fresh.load_lora_adapter(tmp_path, prefix=None, weight_name="pytorch_lora_weights.safetensors")
+    assert torch.equal(fresh(x, t, cond), adapted)
+    fresh.disable_adapters()
+    assert torch.equal(fresh(x, t, cond), plain)
 
 
 def test_compiles_without_graph_breaks():

@@ -1,6 +1,10 @@
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -175,3 +179,41 @@ except UserError as error:
 def test_keys_depend_on_every_part_and_their_order():
     keys = {cache_key("a", "b", 64), cache_key("b", "a", 64), cache_key("a", "b", 128), cache_key("ab", 64)}
     assert len(keys) == 4
+
+
+def test_shards_are_those_of_one_process_in_whatever_order_workers_answer(tmp_path, monkeypatch):
+    here = build(tmp_path / "here", Encoder())
+    honest = latent_cache.run_all
+    monkeypatch.setattr(latent_cache, "run_all", lambda *call: reversed(list(honest(call[0], call[1]))))
+    there = build(tmp_path / "there", Encoder(), cluster="ray")
+    assert len(here.shards) == len(there.shards)
+    assert all(torch.equal(one, other) for one, other in zip(here.shards, there.shards))
+    assert torch.equal(here.places, there.places)
+
+
+@pytest.mark.slow
+def test_workers_of_ray_encode_the_same_though_one_is_killed(tmp_path):
+    pytest.importorskip("ray")
+    marks = tmp_path / "marks"
+    marks.mkdir()
+
+    def slowly(indices):
+        (marks / f"{os.getpid()}").touch()
+        time.sleep(0.3)
+        return indices[:, None].float()
+
+    killed = []
+
+    def kill_one():
+        while not any(marks.iterdir()):
+            time.sleep(0.01)
+        killed.append(int(next(marks.iterdir()).name))
+        os.kill(killed[0], signal.SIGKILL)
+
+    thread = threading.Thread(target=kill_one)
+    thread.start()
+    found = build_cache(tmp_path / "cache", "k", 12, slowly, batch=2, cluster="ray", workers=2)
+    thread.join()
+    assert killed
+    assert len(list(marks.iterdir())) > 1
+    assert found[range(12)][:, 0].tolist() == list(range(12))

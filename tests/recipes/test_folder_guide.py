@@ -8,7 +8,10 @@ import pytest
 from smalti.core.errors import UserError
 from smalti.recipes.folder import PRESETS
 from smalti.recipes.folder_guide import (
-    EXPONENT,
+    COOLDOWN,
+    FADE,
+    LATE,
+    SLOPES,
     TUNED_RATE,
     Choice,
     Machine,
@@ -16,6 +19,7 @@ from smalti.recipes.folder_guide import (
     forecast,
     recipe_for,
     shape,
+    shift_of,
 )
 
 MACHINE = Machine("cpu", {64: 0.005, 128: 0.01, 256: 0.03}, {64: 500_000, 128: 2_000_000, 256: 9_000_000}, 64, 20, 1000)
@@ -44,17 +48,26 @@ def test_too_little_time_is_refused_in_one_line():
         choose(MACHINE, 5)
 
 
-@pytest.mark.parametrize(("given", "used"), [(0.2, 0.2), (0.9, EXPONENT + 0.08), (0.0, EXPONENT - 0.08)])
-def test_the_forecast_follows_the_trial_within_limits(given, used):
+@pytest.mark.parametrize(("given", "first"), [(0.15, 0.15), (0.3, 0.3), (0.9, SLOPES[1]), (0.0, SLOPES[0])])
+def test_the_forecast_begins_as_the_trial_went_and_fades_to_the_later_slope(given, first):
     images = [100.0 * (one + 1) for one in range(40)]
     losses = [2 * one**-given for one in images]
-    found = forecast(images, losses, 1e5)
-    reached = sum(images[-10:]) / 10
-    expected = 0.97 * sum(losses[-10:]) / 10 * (1e5 / reached) ** -used
-    assert found == pytest.approx(expected, rel=0.01)
+    reached = last = sum(images[-10:]) / 10
+    expected, late = COOLDOWN * sum(losses[-10:]) / 10, min(first, LATE)
+    for number in range(1, 2001):  # the slope, step by step
+        here = reached * (1e5 / reached) ** (number / 2000)
+        expected *= (here / last) ** -(late + (first - late) * (here / reached) ** -FADE)
+        last = here
+    assert forecast(images, losses, 1e5) == pytest.approx(expected, rel=0.01)
     assert forecast(images, losses, 100) == pytest.approx(sum(losses[-10:]) / 10)
     with pytest.raises(UserError, match="says nothing"):
         forecast(images[:3], losses[:3], 1e5)
+
+
+def test_pictures_that_are_seen_often_are_shifted():
+    assert shift_of(500, 10_000, 64) == 0
+    assert shift_of(500, 10_001, 64) == 2
+    assert recipe_for(PRESETS["cpu"], Choice(64, 16, 100, 1e-3, 60.0, shift=2), "cpu", True).shift == 2
 
 
 def test_the_recipe_has_what_was_chosen_and_keeps_what_was_set():

@@ -4,6 +4,7 @@ import torch
 from smalti.core.seeds import generators_for
 from smalti.data.folder import load_folder
 from smalti.recipes.folder_source import latent_sources, split_pictures
+from smalti.training.autoencoder import shift_picture
 from smalti.training.data_order import DataOrder
 from smalti.zoo.loader import load_part
 
@@ -45,6 +46,15 @@ def test_sources_never_mix_what_is_held_out(pictures, tiny_autoencoder, tmp_path
     seen = torch.cat([DataOrder(source, 4, 0).indices(step) for step in range(40)])
     assert set(seen.tolist()) == set(torch.cat(split.train_groups).tolist())
     assert held_out is not None
+    moved, still = latent_sources(autoencoder, pictures, split, 16, tmp_path / "cache", shift=2)
+    assert len(moved.views) == 5
+    assert still is not None
+    assert len(still.views) == 1
+    one = split.train_groups[0][:1]
+    views = torch.cat([view[one] for view in moved.views])
+    assert len(views.unique(dim=0)) == 5
+    up = autoencoder.encode(shift_picture(pictures.pixels(one)[0], 2, 0)[None]).tensor
+    torch.testing.assert_close(views[1:2], up, atol=2e-3, rtol=2e-3)
     indices = split.train_groups[1]
     batch = source.batch(indices, generators_for(range(len(indices))))
     expected = autoencoder.encode(pictures.pixels(indices)).tensor

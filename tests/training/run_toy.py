@@ -11,6 +11,7 @@ from toy_training import DIM, PlanesSource, ToyDenoiser, ToySource
 
 from smalti.backbones.dit import DiT
 from smalti.core.errors import UserError
+from smalti.core.protocols import Cond
 from smalti.objectives.flow_matching import FlowMatching
 from smalti.training.config import TrainConfig
 from smalti.training.repa import REPA, REPASettings, TeacherPort
@@ -27,11 +28,20 @@ def train(out: Path, **settings) -> TrainReport:
     torch.manual_seed(0)
     config = TrainConfig(**{"steps": 50, "batch": 16, "log_every": 1, **settings})
     if until is None:
-        trainer = Trainer(ToyDenoiser(**model), FlowMatching(), ToySource(**source), config, out)
+        held_out = ToySource(count=24) if config.eval_every else None
+        trainer = Trainer(
+            ToyDenoiser(**model), FlowMatching(), ToySource(**source), config, out, held_out=held_out, on_sample=sample
+        )
     else:
         term = REPA(16, [TeacherPort("teacher", DIM)], REPASettings(depth=1, hidden=16, until=until))
         trainer = Trainer(DiT.tiny(), FlowMatching(), PlanesSource(), config, out, losses=[term])
     return trainer.fit(resume=True)
+
+
+def sample(model: torch.nn.Module, step: int, folder: Path) -> None:
+    """Draws nothing, but calls the model, which one process alone must be able to do."""
+    x = torch.ones(1, 1, 2, 2)
+    torch.save(model(x, torch.ones(1), Cond(label=torch.tensor([0]))), folder / f"{step}.pt")
 
 
 def run(out: Path, settings: dict, environment: dict[str, str], largest_file: int | None = None) -> None:

@@ -72,14 +72,43 @@ def test_two_processes_walk_the_curve_of_one(processes, tmp_path, optimizer):
     assert difference(tmp_path / "one", tmp_path / "two") < 1e-4
 
 
-def test_alignment_terms_walk_the_same_curve_in_two_processes_and_stop_together(processes, tmp_path):
+@pytest.mark.parametrize("shard", [False, True])
+def test_alignment_terms_walk_the_same_curve_in_two_processes_and_stop_together(processes, tmp_path, shard):
     settings = {"steps": 20, "aligned_until": 12, "learning_rate": 3e-3}
     assert finish(start(processes, tmp_path / "one", **settings)) == 0
-    group = start_group(processes, tmp_path / "two", **settings)
+    group = start_group(processes, tmp_path / "two", shard=shard, **settings)
     assert [finish(process) for process in group] == [0, 0]
     assert difference(tmp_path / "one", tmp_path / "two") < 1e-4
     aligned = ["alignment cosine" in line for line in read_log(tmp_path / "two" / "log.jsonl") if "loss" in line]
     assert aligned == [True] * 12 + [False] * 8
+
+
+def test_a_model_in_pieces_walks_the_curve_of_a_whole_one(processes, tmp_path):
+    settings = {"accumulate": 2, "eval_every": 25, "sample_every": 25, "patience": 3}
+    assert finish(start(processes, tmp_path / "one", **settings)) == 0
+    group = start_group(processes, tmp_path / "two", shard=True, unused=True, **settings)
+    assert [finish(process) for process in group] == [0, 0]
+    logs = [read_log(tmp_path / name / "log.jsonl") for name in ("one", "two")]
+    for key in ("loss", "norm", "held_out_loss"):
+        figures = [[line[key] for line in log if key in line] for log in logs]
+        assert figures[0] == pytest.approx(figures[1], abs=1e-4), key
+    assert len(figures[0]) == 2
+    drawn = [torch.load(tmp_path / name / "samples" / "50.pt") for name in ("one", "two")]
+    assert torch.allclose(*drawn, atol=1e-4)
+
+
+def test_a_run_goes_on_with_another_number_of_processes(processes, tmp_path):
+    settings = {"save_every": 10, "eval_every": 5, "patience": 100}
+    group = start_group(processes, tmp_path / "moved", steps=15, shard=True, **settings)
+    assert [finish(process) for process in group] == [0, 0]
+    assert finish(start(processes, tmp_path / "moved", steps=25, **settings)) == 0
+    group = start_group(processes, tmp_path / "moved", steps=35, shard=True, **settings)
+    assert [finish(process) for process in group] == [0, 0]
+    group = start_group(processes, tmp_path / "moved", steps=50, **settings)
+    assert [finish(process) for process in group] == [0, 0]
+    assert finish(start(processes, tmp_path / "one", steps=50, **settings)) == 0
+    pairs = zip(losses(tmp_path / "moved"), losses(tmp_path / "one"), strict=True)
+    assert all(a == b if a is None or b is None else abs(a - b) < 1e-4 for a, b in pairs)
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.slow)])

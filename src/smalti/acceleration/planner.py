@@ -13,7 +13,7 @@ The distance is that of the final latents, ||x - plain|| / ||plain||, mean over 
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from itertools import combinations
 from pathlib import Path
@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 from smalti.acceleration.plan import Plan, model_of, scheduler_of
+from smalti.core.cluster import run_all
 from smalti.core.errors import UserError
 from smalti.core.files import read_json, write_json
 from smalti.core.method import CoreMethod
@@ -63,6 +64,8 @@ def plan(
     minutes: float = 10.0,
     keep: Path | str | None = None,
     progress: bool = False,
+    cluster: str = "",
+    workers: int = 2,
 ) -> Plan:
     """Finds the methods that meet one target on a pipeline.
 
@@ -78,6 +81,8 @@ def plan(
         minutes: of searching at most; the verdict comes on top.
         keep: json file in which measurements are kept, so that a search that was stopped goes on.
         progress: show a progress bar.
+        cluster, workers: where ways are tried first, see `core.cluster.run_all`; what follows from these trials one by
+            one, and the verdict, are measured here.
 
     Returns:
         The plan; where the target cannot be met, the best way that was found, with `is_met` False.
@@ -106,7 +111,7 @@ def plan(
         limit,
         _known(keep, pipe, every[:-held_out], steps, batch),
     )
-    search = Search(tried, time.monotonic() + 60 * minutes, keep, progress)
+    search = Search(tried, time.monotonic() + 60 * minutes, keep, progress, cluster, workers)
     best = search.nearest(speedup) if speedup is not None else search.fastest(psnr)  # type: ignore[arg-type]
     search.bar.close()
     judged = Bench(pipe, every[-held_out:], way, batch, True, limit)
@@ -136,8 +141,17 @@ def plan(
 class Search:
     """Measures ways until the time is over; remembers all of them."""
 
-    def __init__(self, bench: Bench, deadline: float, keep: Path | str | None, progress: bool):
+    def __init__(
+        self,
+        bench: Bench,
+        deadline: float,
+        keep: Path | str | None,
+        progress: bool,
+        cluster: str = "",
+        workers: int = 2,
+    ):
         self.bench, self.deadline, self.keep = bench, deadline, keep
+        self.cluster, self.workers = cluster, workers
         self.trials: dict[str, Trial] = {}
         self.notes: list[str] = []
         self.few = min(FEW, len(bench.calls))
@@ -167,6 +181,16 @@ class Search:
             content = {"known": self.bench.known, "for": _fingerprint(self.bench)}
             write_json(Path(self.keep), content)
         return trial
+
+    def look_all(self, ways: Iterable[Way]) -> list[Trial]:
+        """Measures ways on the first prompts, each by a worker of the cluster if there is one."""
+        ways = list(ways)
+        if self.cluster:
+            unknown = [way for way in dict.fromkeys(ways) if f"{way.name} | {self.few}" not in self.bench.known]
+            bench, few, left = replace(self.bench, results={}), self.few, self.deadline - time.monotonic()
+            for _, measured in run_all(lambda: _measurer(bench, few, left), unknown, self.cluster, self.workers):
+                self.bench.known |= measured
+        return [found for way in ways if (found := self.look(way, self.few)) is not None]
 
     def nearest(self, speedup: float) -> Trial:
         """The way of at least this speed that ends nearest to the plain run; of less speed, if none reaches it.
@@ -209,10 +233,9 @@ class Search:
 
     def screen(self, speedup: float) -> list[Trial]:
         """The best of all ways that are offered for a speed, on the first prompts, the best first."""
-        found = [self.look(way, self.few) for way in self.ways(speedup)]
-        best = _best([one for one in found if one], speedup, KEPT)
-        found += [self.look(way, self.few) for way in self.composed([one.way for one in best], speedup)]
-        return _best([one for one in found if one], speedup, KEPT)
+        found = self.look_all(self.ways(speedup))
+        found += self.look_all(self.composed([one.way for one in _best(found, speedup, KEPT)], speedup))
+        return _best(found, speedup, KEPT)
 
     def ways(self, speedup: float) -> Iterator[Way]:
         """Plain ways of this speed, and what every method offers, in turn, so that a short search has seen each."""
@@ -251,6 +274,20 @@ class Search:
                     self.bar.set_postfix_str(f"{best.speedup:.2f} times faster, distance {best.distance:.4f}")
                     break
         return best
+
+
+def _measurer(bench: Bench, count: int, left: float) -> Callable[[Way], dict[str, list[float]]]:
+    """What a worker measures in the seconds that are left, by way and number of prompts."""
+    deadline, bench = time.monotonic() + left, replace(bench, known={}, clock=(-math.inf, 0.0))
+
+    @torch.no_grad()
+    def work(way: Way) -> dict[str, list[float]]:
+        bench.known.clear()
+        if time.monotonic() < deadline:
+            bench.measure(way, count)
+        return dict(bench.known)
+
+    return work
 
 
 def plain_ways(pipe: Any, plain: Way, speedup: float) -> list[Way]:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from smalti.core.cluster import run_all
 from smalti.core.errors import UserError
 from smalti.core.files import atomic_folder, file_hash, read_json, write_json
 
@@ -75,8 +76,10 @@ def build_cache(
     batch: int = 64,
     dtype: str = "float16",
     progress: bool = False,
+    cluster: str = "",
+    workers: int = 2,
 ) -> LatentCache:
-    """Opens the cache of `key`, or makes it first.
+    """Opens the cache of `key`, or makes it first; the same one, wherever its samples are encoded.
 
     Args:
         folder: holds the caches of all keys.
@@ -87,9 +90,10 @@ def build_cache(
         batch: largest B.
         dtype: "float16" or "float32" on disk.
         progress: show a progress bar.
+        cluster, workers: see `core.cluster.run_all`; each worker is sent `encode` with all that it holds.
 
     Raises:
-        UserError: the folder cannot be written, or a latent is not finite in this dtype.
+        UserError: the folder cannot be written, a latent is not finite in this dtype, or the cluster cannot be had.
     """
     if dtype not in DTYPES:
         raise UserError(f"cache dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
@@ -101,15 +105,27 @@ def build_cache(
         with atomic_folder(place) as temporary:
             writer = _Writer(temporary, DTYPES[dtype])
             with tqdm(total=count, desc="encoding", disable=not progress) as bar:
-                for indices in _calls(count, groups, batch):
-                    with torch.no_grad():
-                        writer.add(indices, encode(torch.tensor(indices)))
-                    bar.update(len(indices))
+                calls, early = _calls(count, groups, batch), dict[int, Tensor]()
+                written = 0
+                for number, latents in run_all(lambda: _encoder(encode), calls, cluster, workers):
+                    early[number] = latents
+                    bar.update(len(calls[number]))
+                    while written in early:  # shards are filled in the order of the samples
+                        writer.add(calls[written], early.pop(written))
+                        written += 1
             writer.flush()
             write_json(temporary / MANIFEST, {"key": key, "count": count, "dtype": dtype, "shards": writer.shards})
         found = _open(place, key, count, dtype)
         assert found is not None, "a cache just written is not readable"
     return found
+
+
+def _encoder(encode: Callable[[Tensor], Tensor]) -> Callable[[list[int]], Tensor]:
+    def work(indices: list[int]) -> Tensor:
+        with torch.no_grad():
+            return encode(torch.tensor(indices)).cpu()
+
+    return work
 
 
 def _calls(count: int, groups: Sequence[Hashable] | None, batch: int) -> list[list[int]]:

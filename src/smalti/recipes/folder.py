@@ -60,6 +60,9 @@ class FolderRecipe:
         text_length: tokens of a prompt, 4 to 512.
         objective: path, times and weights of the loss.
         guidance: default guidance scale of the pipeline, from 0.
+        shift: pixels by which pictures are also seen moved, in four directions; 0 = only as they are.
+        cluster: where pictures are encoded: empty for this process, or ray.
+        workers: of the cluster.
         tuned_width: width at which the rate was tuned; muP carries it to the transformer's. None: the rate is its own.
 
     Raises:
@@ -80,6 +83,9 @@ class FolderRecipe:
     text_length: int = 32
     objective: FlowMatching = field(default_factory=FlowMatching)
     guidance: float = 2.0
+    shift: int = 0
+    cluster: str = ""
+    workers: int = 2
     tuned_width: int | None = None
 
     def __post_init__(self):
@@ -87,6 +93,8 @@ class FolderRecipe:
             raise UserError(f"text_length is {self.text_length}; it must be from 4 to 512 tokens")
         if not 0 <= self.guidance < math.inf:
             raise UserError(f"guidance is {self.guidance}; it must be a number from 0 (1 = off)")
+        if not 0 <= self.shift <= self.size // 8:
+            raise UserError(f"shift is {self.shift}; it must be from 0 to {self.size // 8}, an eighth of the size")
 
 
 PRESETS = {
@@ -132,7 +140,10 @@ def train(recipe: FolderRecipe, out: Path, resume: bool = False) -> Path:
         enough=recipe.enough if recipe.tokenizer is None else None, config=recipe.autoencoder_training, resume=resume,
     )  # fmt: skip
     with processes.main_process_first():  # the others find the caches
-        source, held_out = latent_sources(autoencoder, pictures, split, recipe.text_length, out / "cache")
+        source, held_out = latent_sources(
+            autoencoder, pictures, split, recipe.text_length, out / "cache", recipe.shift, recipe.cluster,
+            recipe.workers,
+        )  # fmt: skip
     pipe = build_pipeline(
         started.model, autoencoder, pictures, size=recipe.size, text_length=recipe.text_length, guidance=recipe.guidance
     )
@@ -222,7 +233,8 @@ def facts_of(base: Autoencoder, pictures: FolderSet) -> dict[str, Any]:
 
 def identity(recipe: FolderRecipe) -> dict[str, Any]:
     """The settings with which another training would have other weights; where its files lie does not count."""
-    settings = {key: value for key, value in plain(recipe).items() if key not in ("data", "tokenizer", "guidance")}
+    others = ("data", "tokenizer", "guidance", "cluster", "workers")
+    settings = {key: value for key, value in plain(recipe).items() if key not in others}
     return settings | {
         "training": recipe.training.identity(),
         "autoencoder_training": recipe.autoencoder_training.identity(),

@@ -3,8 +3,9 @@
 Width: the widest model that sees at least `TOKENS_PER_WEIGHT` tokens for each of its weights in the time there is; a
 wider one would not be through its youth. Rate: what the recipe was tuned for at its own width, carried over by muP
 (arXiv 2203.03466), times the root of the batch's ratio (arXiv 2205.10287, for Adam). Loss: that of a short trial,
-carried on by a power of the pictures seen, `loss ~ images^-b`, with b read from the trial and held to what trainings of
-this kind showed; the last fifth, in which the rate falls, takes a little more off.
+carried on by a power of the pictures seen, `loss ~ images^-b`: b begins as it was in the trial and fades to the smaller
+one that trainings of this kind went on with; the last fifth, in which the rate falls, takes some more off. Pictures
+that are seen often are also seen moved by a few pixels, which a model does not learn by heart as soon.
 """
 
 import math
@@ -26,10 +27,12 @@ BATCHES = (16, 32, 64, 128, 256)
 STEPS = 1500
 """A batch is doubled while at least so many steps are left."""
 LEAST_STEPS = 50
-EXPONENT, TRUST = 0.18, 0.08
-"""Of the loss over pictures seen: the usual one, and how far a trial's own may lie from it."""
-COOLDOWN = 0.97
+SLOPES, LATE, FADE = (0.1, 0.5), 0.19, 1.5
+"""Of the log of the loss over that of the pictures seen: what is believed of a trial, what it becomes, how soon."""
+COOLDOWN = 0.91
 """What the falling rate of the last fifth leaves of the loss."""
+OFTEN, REACH = 20, 32
+"""Pictures that are seen more often than this are shifted, by so small a part of their side."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Choice:
         steps: of the training.
         rate: peak rate at the tuned width; muP carries it to this one.
         seconds: that the training takes by what was measured.
+        shift: pixels by which pictures are also seen moved.
     """
 
     width: int
@@ -70,6 +74,7 @@ class Choice:
     steps: int
     rate: float
     seconds: float
+    shift: int = 0
 
     @property
     def images(self) -> int:
@@ -102,6 +107,11 @@ def choose(machine: Machine, seconds: float) -> Choice:
     )
 
 
+def shift_of(pictures: int, images: int, size: int) -> int:
+    """Pixels by which pictures are also seen moved, in a training that sees so many images of them."""
+    return size // REACH if images > OFTEN * pictures else 0
+
+
 def is_worth_it(tokens: float, weights: int) -> bool:
     """Whether a model sees enough for its size."""
     return tokens >= TOKENS_PER_WEIGHT * weights
@@ -124,11 +134,17 @@ def forecast(images: Sequence[float], losses: Sequence[float], total: float) -> 
     x = torch.tensor(images[half:], dtype=torch.float64).log()
     y = torch.tensor(losses[half:], dtype=torch.float64).log()
     spread = (x - x.mean()).square().sum()
-    slope = float(((x - x.mean()) * (y - y.mean())).sum() / spread) if spread else -EXPONENT
-    exponent = min(max(-slope, EXPONENT - TRUST), EXPONENT + TRUST)
+    slope = float(((x - x.mean()) * (y - y.mean())).sum() / spread) if spread else -LATE
+    first = min(max(-slope, SLOPES[0]), SLOPES[1])
+    late = min(first, LATE)
     last = fmean(losses[-max(1, len(losses) // 4) :])
     reached = fmean(images[-max(1, len(losses) // 4) :])
-    return COOLDOWN * last * (total / reached) ** -exponent if total > reached else last
+    if total <= reached:
+        return last
+    ratio = total / reached
+    # The exponent late + (first - late) ratio^-FADE, integrated over the log of the ratio.
+    fall = late * math.log(ratio) + (first - late) / FADE * (1 - ratio**-FADE)
+    return COOLDOWN * last * math.exp(-fall)
 
 
 def recipe_for(recipe: FolderRecipe, choice: Choice, device: str, has_text: bool) -> FolderRecipe:
@@ -154,6 +170,7 @@ def recipe_for(recipe: FolderRecipe, choice: Choice, device: str, has_text: bool
         training=training,
         transformer={**shape(choice.width, has_text), **recipe.transformer},
         tuned_width=TUNED_WIDTH,
+        shift=choice.shift,
     )
 
 

@@ -22,13 +22,15 @@ from smalti.evaluation.emoji_metrics import spread
 from smalti.recipes import folder
 from smalti.recipes.folder import FolderRecipe, check_places
 from smalti.recipes.folder_autoencoder import base_autoencoder
-from smalti.recipes.folder_guide import HEAD, TUNED_WIDTH, Choice, choose, forecast, recipe_for
+from smalti.recipes.folder_guide import HEAD, TUNED_WIDTH, Choice, choose, forecast, recipe_for, shift_of
 from smalti.recipes.folder_model import patch_size
 from smalti.recipes.folder_trial import MOST, STEP_OVER_PASS, autoencoder_steps, measure, prepare, trial
 from smalti.training.run_folder import MARKER, check_run
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-TRIAL_SHARE, TRIAL_MOST, AUTOENCODER_SHARE, KEPT = 0.05, 40.0, 0.15, 0.03
+VIEWS = 4
+"""Further views of a picture that is seen moved."""
+TRIAL_SHARE, TRIAL_MOST, AUTOENCODER_SHARE, KEPT = 0.05, 40.0, 0.15, 0.02
 """Of the budget: a trial, at most so many seconds; a training of the autoencoder; what is left for surprises."""
 
 
@@ -73,7 +75,8 @@ class Plan:
             "autoencoder": f"{self.psnr:.1f} dB on these pictures, {autoencoder}",
             "model": f"width {one.width}, {self.weights / 1e6:.1f} M weights, on {self.device}",
             "training": f"{one.steps} steps of {one.batch} = {one.images} pictures, each {epochs:.0f} times; peak rate "
-            f"{one.rate:.2g} at width {TUNED_WIDTH}, carried over by muP",
+            f"{one.rate:.2g} at width {TUNED_WIDTH}, carried over by muP"
+            + (f"; also seen moved by {one.shift} pixels" if one.shift else ""),
             "time": f"{text_of(self.measured)} until now, {text_of(one.seconds)} of training, "
             f"{text_of(self.besides)} besides",
             "expected": f"loss {self.loss[0]:.3f} at the end ({self.loss[1]:.3f} after the trial)",
@@ -137,8 +140,10 @@ def plan(recipe: FolderRecipe, budget: float, say: Callable[[str], None]) -> Pla
         curve = trial(
             recipe_for(recipe, first, machine.device, has_text), prepared, base, lasts, Path(temporary) / "trial"
         )
-    machine = replace(machine, seconds={first.width: curve.seconds})
-    choice = choose(machine, left())
+    shift = recipe.shift or shift_of(len(pictures), first.images, recipe.size)
+    besides = machine.besides + (VIEWS * prepared.share * prepared.seconds if shift else 0.0)
+    machine = replace(machine, seconds={first.width: curve.seconds}, besides=besides)
+    choice = replace(choose(machine, left()), shift=shift)
     return Plan(
         look=seen,
         device=machine.device,
@@ -166,8 +171,9 @@ def resumed(recipe: FolderRecipe, out: Path, budget: float) -> FolderRecipe:
     settings = read_json(out / MARKER)["settings"]
     training, transformer = settings["training"], settings["transformer"]
     choice = Choice(
-        transformer["heads"] * HEAD, training["batch"], training["steps"], training["learning_rate"], budget
-    )
+        transformer["heads"] * HEAD, training["batch"], training["steps"], training["learning_rate"], budget,
+        settings["shift"],
+    )  # fmt: skip
     device = "cuda" if torch.cuda.is_available() else "cpu"
     chosen = recipe_for(recipe, choice, device, "num_double" in transformer)
     steps = settings["autoencoder_training"]["steps"]

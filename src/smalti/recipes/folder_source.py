@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from smalti.data.folder import FolderSet
-from smalti.data.latent_cache import build_cache, cache_key
+from smalti.data.latent_cache import LatentCache, build_cache, cache_key
 from smalti.evaluation.emoji_metrics import spread
 from smalti.recipes.folder_autoencoder import Autoencoder
 from smalti.tokenizers.text_encoder import EmbeddingCache, MiniLMEncoder
+from smalti.training.autoencoder import shift_picture
 from smalti.training.latent_source import LatentSource, embed_captions
 from smalti.training.messages import is_main
 from smalti.zoo.loader import weights_hash
@@ -59,20 +60,45 @@ def _groups(pictures: FolderSet, indices: list[int]) -> list[Tensor]:
 
 
 def latent_sources(
-    autoencoder: Autoencoder, pictures: FolderSet, split: Split, text_length: int, cache: Path
+    autoencoder: Autoencoder,
+    pictures: FolderSet,
+    split: Split,
+    text_length: int,
+    cache: Path,
+    shift: int = 0,
+    cluster: str = "",
+    workers: int = 2,
 ) -> Sources:
-    """Latents of all pictures with their captions or labels; both are kept in the folder `cache`."""
+    """Latents of all pictures with their captions or labels, kept in the folder `cache`.
 
-    def encode(indices: Tensor) -> Tensor:
-        return autoencoder.encode(pictures.pixels(indices).to(autoencoder.device)).tensor
+    Args:
+        autoencoder: encodes.
+        pictures: of the folder.
+        split: what is trained on and what is held out.
+        text_length: tokens of a caption.
+        cache: the folder.
+        shift: a picture to train on is also seen moved by so many pixels in four directions; 0 = only as it is.
+        cluster, workers: where pictures are encoded, see `core.cluster.run_all`.
+    """
 
-    key = cache_key(pictures.hash, weights_hash(autoencoder))
-    latents = build_cache(cache, key, len(pictures), encode, groups=pictures.shapes, batch=BATCH, progress=is_main())
+    def table(down: int, right: int) -> LatentCache:
+        def encode(indices: Tensor) -> Tensor:
+            pixels = torch.stack([shift_picture(picture, down, right) for picture in pictures.pixels(indices)])
+            return autoencoder.encode(pixels.to(autoencoder.device)).tensor
+
+        key = cache_key(pictures.hash, weights_hash(autoencoder), *((down, right) if down or right else ()))
+        return build_cache(
+            cache, key, len(pictures), encode, groups=pictures.shapes, batch=BATCH, progress=is_main(),
+            cluster=cluster, workers=workers,
+        )  # fmt: skip
+
+    shifts = ((0, 0), (shift, 0), (-shift, 0), (0, shift), (0, -shift)) if shift else ((0, 0),)
+    views = [table(*one) for one in shifts]
     captions = None
     if pictures.captions is not None:
         encoder = EmbeddingCache(MiniLMEncoder(length=text_length), cache / "text")
         captions = embed_captions([[caption] for caption in pictures.captions], encoder)
     labels = None if pictures.labels is None else torch.tensor(pictures.labels)
-    common = ([latents], captions, labels, len(pictures.label_names))
-    held_out = LatentSource(*common, split.held_out_groups) if split.held_out_groups else None
-    return Sources(LatentSource(*common, split.train_groups), held_out)
+    common = (captions, labels, len(pictures.label_names))
+    held_out = LatentSource(views[:1], *common, split.held_out_groups) if split.held_out_groups else None
+    return Sources(LatentSource(views, *common, split.train_groups), held_out)

@@ -32,7 +32,7 @@ TIMED, BATCH = 3, 16
 STEP_OVER_PASS = 3.5
 """Training on a picture, over encoding and decoding it once."""
 STEPS_DRAWN, SHEET, CHECKED, EVALUATED = 28, 16, 32, 256
-LAST_CHECK = 15.0
+LAST_CHECK = 8.0
 """Seconds of reading features of drawn and training pictures at the end."""
 
 

@@ -36,6 +36,8 @@ class Request:
         out: json file of the plan; measurements are kept beside it until it is written.
         plot: PNG file; None = no plot.
         device: auto, cpu or cuda.
+        cluster: where ways are tried first: empty for this process, or ray.
+        workers: of the cluster.
 
     Raises:
         UserError: a value is out of range.
@@ -53,9 +55,11 @@ class Request:
     out: Path = Path("out/plan.json")
     plot: Path | None = None
     device: str = "auto"
+    cluster: str = ""
+    workers: int = 2
 
     def __post_init__(self):
-        for name, low in (("steps", 2), ("batch", 1)):
+        for name, low in (("steps", 2), ("batch", 1), ("workers", 1)):
             if getattr(self, name) < low:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be a whole number from {low}")
         if not self.minutes > 0:
@@ -78,6 +82,7 @@ def make(request: Request) -> Plan:
     found = plan(
         pipe, calls, request.speedup, request.psnr, steps=request.steps, batch=request.batch,
         max_memory=request.max_memory, minutes=request.minutes, keep=kept, progress=True,
+        cluster=request.cluster, workers=request.workers,
     )  # fmt: skip
     found.save(request.out)
     kept.unlink(missing_ok=True)

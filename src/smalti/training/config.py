@@ -11,7 +11,7 @@ DECAYS = ("constant", "cosine", "linear-cooldown", "inverse-sqrt")
 OPTIMIZERS = ("adamw", "muon")
 PRECISIONS = ("no", "bf16")
 OPERATIONAL = (
-    "accumulate", "gradient_checkpointing", "compile", "save_every", "keep_last", "sample_every", "log_every",
+    "accumulate", "gradient_checkpointing", "compile", "shard", "save_every", "keep_last", "sample_every", "log_every",
     "eval_every", "eval_samples", "patience", "tracker", "minutes",
 )  # fmt: skip
 """Fields that may change when a run is resumed: they do not name another training."""
@@ -38,6 +38,7 @@ class TrainConfig:
         precision: no (float32) or bf16 (autocast; weights, EMA and loss stay float32).
         gradient_checkpointing: recompute activations in the backward pass.
         compile: compile the model's forward.
+        shard: each process holds a part of weights, gradients and moments (FSDP2) in place of all of them (DDP).
         seed: of data order, noise, times and dropout.
         save_every: steps between checkpoints; the last step is always saved.
         keep_last: checkpoints that are kept.
@@ -66,6 +67,7 @@ class TrainConfig:
     precision: Literal["no", "bf16"] = "no"
     gradient_checkpointing: bool = False
     compile: bool = False
+    shard: bool = False
     seed: int = 0
     save_every: int = 1000
     keep_last: int = 2
@@ -103,6 +105,10 @@ class TrainConfig:
         for name, allowed in (("decay", DECAYS), ("optimizer", OPTIMIZERS), ("precision", PRECISIONS)):
             if getattr(self, name) not in allowed:
                 raise unknown_name(name, str(getattr(self, name)), allowed)
+        if self.shard and self.optimizer == "muon":
+            raise UserError("muon needs whole matrices, and shard cuts them; choose adamw, or leave shard off")
+        if self.shard and self.compile:
+            raise UserError("a model in pieces is not compiled; leave compile or shard off")
         check_seed(self.seed)
 
     def _check(self, name: str, holds: bool, allowed: str) -> None:

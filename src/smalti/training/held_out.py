@@ -42,8 +42,11 @@ class HeldOut:
     ) -> Tensor:
         """Sum of this process's sample losses and their number (2,); add over processes, then divide."""
         total = torch.zeros(2, device=device)
-        for indices in self.batches[rank::processes]:
+        for first in range(0, len(self.batches), processes):
+            # A process that has none left computes the last one uncounted: a model in pieces is called by all.
+            indices = self.batches[min(first + rank, len(self.batches) - 1)]
             one = draw(self.source, indices, indices, self.seed, "held-out", device)
             value = objective.loss(denoiser, one.batch, state, one.generators).loss
-            total += torch.stack([value, torch.ones_like(value)]) * len(indices)
+            if first + rank < len(self.batches):
+                total += torch.stack([value, torch.ones_like(value)]) * len(indices)
         return total

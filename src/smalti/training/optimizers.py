@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from smalti.training.config import TrainConfig
+from smalti.training.sharding import like, local
 
 
 class Factors(NamedTuple):
@@ -60,14 +61,14 @@ class Optimizers:
             self.peaks.append(peak)
 
     def _grouped(self, parameters: Sequence[Tensor], decay: float) -> list[dict[str, Any]]:
-        """Parameters by their factors."""
-        found: dict[Factors, list[Tensor]] = {}
+        """Parameters by their factors; those in pieces and those that are whole cannot be updated in one call."""
+        found: dict[tuple[Factors, bool], list[Tensor]] = {}
         for one in parameters:
             name = self.names[one].removeprefix("denoiser.")  # an aligned model's denoiser has its own names
-            found.setdefault(self.factors.get(name, Factors()), []).append(one)
+            found.setdefault((self.factors.get(name, Factors()), local(one) is one), []).append(one)
         return [
             {"params": some, "weight_decay": decay * factors.decay, "factor": factors.rate}
-            for factors, some in found.items()
+            for (factors, _), some in found.items()
         ]
 
     def step(self, step: int) -> None:
@@ -101,7 +102,11 @@ class Optimizers:
             entries.setdefault(name, {})[field] = value
         for part in self.parts:
             ordered = [parameter for group in part.param_groups for parameter in group["params"]]
-            state = {i: entries[self.names[p]] for i, p in enumerate(ordered) if self.names[p] in entries}
+            state = {
+                i: {key: like(value, p) if isinstance(value, Tensor) else value for key, value in entry.items()}
+                for i, p in enumerate(ordered)
+                if (entry := entries.get(self.names[p])) is not None
+            }
             part.load_state_dict({"state": state, "param_groups": part.state_dict()["param_groups"]})
 
 

@@ -17,6 +17,7 @@ from smalti.training.checkpoints import Checkpoint
 from smalti.training.config import TrainConfig
 from smalti.training.ema import EMA
 from smalti.training.optimizers import Optimizers
+from smalti.training.sharding import like, whole
 
 
 @dataclass
@@ -59,13 +60,15 @@ class RunState:
             self.stale += 1
 
     def capture(self, identity: Mapping[str, Any], position: int) -> Checkpoint:
-        """The checkpoint of this moment; `position` counts the samples drawn so far."""
+        """The checkpoint of this moment; `position` counts the samples drawn so far. Processes ask together."""
         tensors, plain = self.optimizers.flat_state()
-        stored = {"model": weights(self.model), "optimizer": tensors, "random": random_tensors()}
+        stored = {"model": weights(self.model), "optimizer": tensors}
         if self.ema is not None:
             stored["ema"] = weights(self.ema.model)
         if self.best_weights:
             stored["best"] = self.best_weights
+        stored = {name: {key: whole(one) for key, one in some.items()} for name, some in stored.items()}
+        stored["random"] = random_tensors()
         state = {
             "position": position,
             "skipped": self.skipped,
@@ -112,7 +115,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 def copy_weights(stored: Mapping[str, Tensor], model: nn.Module) -> None:
     """Writes checked weights into a model."""
     for name, tensor in weights(model).items():
-        tensor.copy_(stored[name])
+        tensor.copy_(like(stored[name], tensor))
 
 
 def check_weights(stored: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:

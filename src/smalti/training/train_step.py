@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 
 from smalti.core.protocols import Objective, TrainState
 from smalti.core.seeds import derive_seed
@@ -19,6 +18,7 @@ from smalti.training.config import TrainConfig
 from smalti.training.data_order import DataOrder, SampleSource
 from smalti.training.interruption import Interruption
 from smalti.training.sample_draws import Share, draw
+from smalti.training.sharding import average, total_norm
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,9 @@ class TrainStep:
             loss += result.loss.detach() / config.accumulate
             metrics = result.metrics
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        outcome = self._agree(loss, get_total_norm(gradients, foreach=True), metrics, stop, started)
+        if config.shard:
+            average(gradients)
+        outcome = self._agree(loss, total_norm(gradients), metrics, stop, started)
         if config.clip is not None and outcome.is_finite and outcome.norm > config.clip:
             torch._foreach_mul_(gradients, config.clip / outcome.norm)
         return outcome

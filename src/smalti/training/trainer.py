@@ -5,6 +5,7 @@ derived from them. So one process, several processes and accumulated parts walk 
 and a run that was killed goes on from its last checkpoint as if nothing had happened.
 """
 
+import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +32,7 @@ from smalti.training.optimizers import Factors, Optimizers
 from smalti.training.processes import make_accelerator
 from smalti.training.progress import Journal
 from smalti.training.run_state import RunState, copy_weights, identity
+from smalti.training.sharding import gather, shard
 from smalti.training.train_step import Outcome, TrainStep, autocast_call
 
 BAD_STEPS = 10
@@ -113,9 +115,10 @@ class Trainer:
         if losses:
             model = AlignedModel(model, losses)
             objective = AlignedObjective(objective, model)
-        self.model = self.accelerator.prepare_model(model)
+        self.model = model.to(self.accelerator.device) if config.shard else self.accelerator.prepare_model(model)
         bare = self.accelerator.unwrap_model(self.model)
         ema = EMA(denoiser_of(bare), config.ema) if config.ema else None
+        self._plain = self._cut(denoiser_of(bare), ema) if config.shard else None
         self.state = RunState(bare, ema, Optimizers(bare, config, factors))
         if config.compile:
             bare.compile()
@@ -125,8 +128,8 @@ class Trainer:
 
     @property
     def ema_model(self) -> nn.Module:
-        """The averaged model; the trained one itself if nothing is averaged."""
-        return self.state.averaged
+        """The averaged model, or the trained one if nothing is averaged; of one in pieces a copy, as `fit` left it."""
+        return self.state.averaged if self._plain is None else self._plain
 
     def fit(self, resume: bool = False) -> TrainReport:
         """Trains until the steps, the minutes or the patience with the held-out loss are used up.
@@ -161,7 +164,9 @@ class Trainer:
                 self.state.model.close()
         is_best = self.config.patience > 0 and self.state.best < math.inf
         if is_best:
-            copy_weights(self.state.best_weights, self.ema_model)
+            copy_weights(self.state.best_weights, self.state.averaged)
+        if self._plain is not None:
+            gather(self.state.averaged, self._plain)
         self.accelerator.wait_for_everyone()
         images = (self.state.step - first) * self.config.batch
         return TrainReport(
@@ -209,7 +214,7 @@ class Trainer:
     def _advance(self, stop: Interruption, journal: Journal) -> Outcome:
         """One step: gradient, update, average, and what is due after it."""
         state, started = self.state, time.perf_counter()
-        outcome = self.train_step(state.step, self.ema_model, stop)
+        outcome = self.train_step(state.step, state.averaged, stop)
         if outcome.is_finite:
             state.optimizers.step(state.step)
             if state.ema is not None:
@@ -239,8 +244,8 @@ class Trainer:
         is_end = outcome.signal is not None or outcome.is_late or self._is_over()
         if not is_end and (self.state.step % self.config.save_every or self.state.streak):
             return
+        snapshot = self.state.capture(self.identity, self.state.step * self.config.batch)
         if self.accelerator.is_main_process:
-            snapshot = self.state.capture(self.identity, self.state.step * self.config.batch)
             checkpoints.save(self.checkpoints, snapshot, self.config.keep_last)
 
     def _leave(self, signal: int) -> None:
@@ -255,11 +260,11 @@ class Trainer:
         assert self.held_out is not None
 
         def denoise(*inputs: Any, **named: Any) -> Any:
-            return autocast_call(self.ema_model, self.config, *inputs, **named)
+            return autocast_call(averaged, self.config, *inputs, **named)
 
-        self.ema_model.eval()
+        averaged = self.state.averaged.eval()
         accelerator = self.accelerator
-        state = TrainState(self.state.step, self.ema_model)
+        state = TrainState(self.state.step, averaged)
         rank, processes = accelerator.process_index, accelerator.num_processes
         total = self.held_out.loss(self.objective, denoise, state, accelerator.device, rank, processes)
         loss, count = accelerator.reduce(total, reduction="sum").tolist()  # type: ignore[union-attr]
@@ -269,10 +274,19 @@ class Trainer:
     @torch.no_grad()
     def _sample(self) -> None:
         assert self.on_sample is not None
+        if self._plain is not None:
+            gather(self.state.averaged, self._plain)
         if self.accelerator.is_main_process:
             self.ema_model.eval()
             self.on_sample(self.ema_model, self.state.step, check_writable(self.out / "samples"))
             self.model.train()
+
+    def _cut(self, denoiser: nn.Module, ema: EMA | None) -> nn.Module:
+        """Cuts the denoiser and its average into pieces; a plain copy of it is what is drawn with and handed out."""
+        plain = copy.deepcopy(denoiser).eval().requires_grad_(False)
+        for model in (denoiser, *([] if ema is None else [ema.model])):
+            shard(model)
+        return plain
 
     def _path(self) -> Path:
         return self.checkpoints / f"step-{self.state.step:08d}"
