@@ -117,8 +117,3 @@ class ControlCopy(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def count(module: nn.Module) -> int:
-    """Parameters that learn."""
-    return sum(one.numel() for one in module.parameters() if one.requires_grad)
