@@ -1,7 +1,6 @@
-from dataclasses import asdict
-
 import pytest
 import torch
+from shipped import assert_made_by
 
 from smalti.core.files import read_json
 from smalti.data.emoji import load_emoji
@@ -11,7 +10,7 @@ from smalti.recipes.vit_caption import PRESETS, VitCaptionRecipe, retrieval, tra
 from smalti.tokenizers.vision_encoder import VisionTransformer
 from smalti.training.config import TrainConfig
 from smalti.training.view_source import ViewSource
-from smalti.zoo.loader import ZOO, load_part, settings_hash
+from smalti.zoo.loader import ZOO, load_part
 
 TINY = VitCaptionRecipe(
     encoder={"depth": 1, "heads": 2, "head_dim": 8},
@@ -87,8 +86,7 @@ def test_retrieval_is_one_for_a_model_that_knows_and_chance_for_one_that_does_no
 
 def test_the_shipped_one_was_made_by_this_recipe_and_knows_more_than_its_controls():
     card = read_json(ZOO / "vit-caption" / "smalti.json")
-    settings = asdict(PRESETS["cpu"])
-    assert card["settings_hash"] == settings_hash(settings)
+    assert_made_by(card, PRESETS["cpu"])
     metrics = card["metrics"]
     assert metrics["group probe, trained"] > metrics["group probe, untrained"] + 0.05
     assert metrics["group probe, trained"] > metrics["group probe, pixels"] + 0.05

@@ -1,6 +1,5 @@
-from dataclasses import asdict
-
 import torch
+from shipped import assert_made_by
 
 from smalti.core.files import read_json
 from smalti.data.emoji import load_emoji
@@ -8,7 +7,7 @@ from smalti.recipes import vit_self, vit_teacher
 from smalti.recipes.vit_self import PRESETS, VitSelfRecipe, train
 from smalti.tokenizers.vision_encoder import VisionTransformer
 from smalti.training.config import TrainConfig
-from smalti.zoo.loader import ZOO, load_part, settings_hash
+from smalti.zoo.loader import ZOO, load_part
 
 TINY = VitSelfRecipe(
     encoder={"depth": 1, "heads": 2, "head_dim": 8},
@@ -41,7 +40,7 @@ def test_it_writes_the_encoder_alone_and_resumes(tmp_path, monkeypatch):
 
 def test_the_shipped_one_was_made_by_this_recipe_and_knows_more_than_its_controls():
     card = read_json(ZOO / "vit-self" / "smalti.json")
-    assert card["settings_hash"] == settings_hash(asdict(PRESETS["cpu"]))
+    assert_made_by(card, PRESETS["cpu"])
     metrics = card["metrics"]
     assert metrics["group probe, trained"] > metrics["group probe, untrained"] + 0.05
     assert metrics["group probe, trained"] > metrics["group probe, pixels"] + 0.03
