@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from torch import nn
+
 from smalti.core.errors import UserError
 from smalti.core.protocols import LossResult
 from smalti.ops.token_masks import KEEP
@@ -34,6 +36,19 @@ class KeptAlignment(Alignment):
     @property
     def depths(self) -> tuple[int, ...]:
         return self.term.depths
+
+    @property
+    def attentions(self) -> tuple[int, ...]:
+        return self.term.attentions
+
+    def open(self, denoiser: nn.Module) -> None:
+        self.term.open(denoiser)
+
+    def close(self) -> None:
+        self.term.close()
+
+    def release(self) -> None:
+        self.term.release()
 
     @property
     def settings(self) -> Mapping[str, Any]:
