@@ -39,6 +39,14 @@ def test_outside_the_interval_only_the_conditional_branch_runs():
     assert denoiser.rows == [2, 4, 4, 2]
 
 
+@pytest.mark.parametrize("is_batched", [True, False])
+def test_samples_may_have_times_of_their_own(is_batched):
+    bound = bind(Labelled(), COND, UNCOND, Guidance(2.0, interval=(0.25, 0.75), is_batched=is_batched))
+    found = bound(X, torch.tensor([0.5, 0.9], dtype=torch.float64))
+    assert found[:, 0].tolist() == pytest.approx([0.5 * (1 + 2 * 2), 0.9 * 5])
+    assert torch.equal(bind(Labelled(), COND)(X, torch.tensor([0.5, 0.9]))[1], 0.9 * 5 * torch.ones(4))
+
+
 def test_scale_of_one_is_the_conditional_branch_alone():
     denoiser = Labelled()
     assert torch.equal(bind(denoiser, COND, UNCOND, Guidance(1.0))(X, 0.5), bind(denoiser, COND)(X, 0.5))

@@ -16,9 +16,12 @@ from torch import Tensor
 
 from smalti.core.errors import UserError
 from smalti.core.protocols import Cond, Denoiser
+from smalti.core.time import expand_time
 
 BoundDenoiser = Callable[[Tensor, float], Tensor]
-"""A denoiser with its conditioning bound: `(x (B, ...), t) -> velocity (B, ...)`, one t for all samples."""
+"""A denoiser with its conditioning bound: `(x (B, ...), t) -> velocity (B, ...)`, one t for all samples.
+
+What `bind` makes takes a time of each sample (B,) as well, for solvers that let samples walk apart."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,11 @@ class Guidance:
         """Whether both branches are needed at time t."""
         return self.scale != 1 and self.interval[0] <= t <= self.interval[1]
 
+    def scales_at(self, t: Tensor) -> Tensor:
+        """The scale for each of the times (B,): 1 where guidance does not act."""
+        acts = (self.interval[0] <= t) & (t <= self.interval[1])
+        return torch.where(acts, self.scale, 1.0)
+
 
 def bind(denoiser: Denoiser, cond: Cond, uncond: Cond | None = None, guidance: Guidance | None = None) -> BoundDenoiser:
     """Binds conditioning and guidance to a denoiser.
@@ -69,14 +77,19 @@ def bind(denoiser: Denoiser, cond: Cond, uncond: Cond | None = None, guidance: G
         raise UserError(f"guidance of {guidance.scale} needs an unconditional branch; give one, or choose a scale of 1")
     both = Cond.cat([uncond, cond]) if uncond is not None and guidance.scale != 1 and guidance.is_batched else None
 
-    def velocity(x: Tensor, t: float) -> Tensor:
-        times = torch.full((x.shape[0],), t, device=x.device, dtype=torch.float32)
-        if uncond is None or not guidance.acts_at(t):
+    def velocity(x: Tensor, t: float | Tensor) -> Tensor:
+        times = torch.as_tensor(t, device=x.device, dtype=torch.float32).expand(len(x))
+        if isinstance(t, Tensor):
+            scale = expand_time(guidance.scales_at(times), x)
+            acts = bool((scale != 1).any())
+        else:
+            scale, acts = guidance.scale, guidance.acts_at(t)
+        if uncond is None or not acts:
             return denoiser(x, times, cond)
         if both is not None:
             without, given = denoiser(torch.cat([x, x]), torch.cat([times, times]), both).chunk(2)
         else:
             without, given = denoiser(x, times, uncond), denoiser(x, times, cond)
-        return without + guidance.scale * (given - without)
+        return without + scale * (given - without)
 
     return velocity
