@@ -5,11 +5,12 @@ import torch
 from torch import nn
 
 from smalti.backbones.dit import DiT
-from smalti.core.errors import Refusal, UserError
+from smalti.control.channel_concat import ChannelConcat
+from smalti.control.fill_panels import GIVEN, FillPanels, PanelChannels, with_given
+from smalti.core.errors import UserError
 from smalti.core.protocols import Batch, Cond, TrainState
 from smalti.core.seeds import generators_for
 from smalti.ops.canvas import PanelLayout
-from smalti.training.fill_panels import GIVEN, FillModel, FillPanels, with_given
 
 LAYOUT = PanelLayout(1, 2)
 
@@ -20,20 +21,21 @@ def dit():
     return model
 
 
+def filled(model):
+    return ChannelConcat(model, [PanelChannels(2)])
+
+
 def test_a_fresh_model_is_the_plain_one():
     model = dit().eval()
-    fill = FillModel(model)
     x, t = torch.randn(3, 2, 4, 8), torch.rand(3)
-    mask = LAYOUT.mask([0], 4, 8)[None, None]
+    mask, plain = LAYOUT.mask([0], 4, 8)[None, None], model(x, t, Cond())
+    fill = filled(model)
     cond = with_given(Cond(), torch.randn(3, 2, 4, 8), mask)
-    assert torch.equal(fill(x, t, cond), model(x, t, Cond()))
-    nn.init.normal_(fill.columns.weight)
+    assert torch.allclose(fill(x, t, cond), plain, atol=1e-6)
+    nn.init.normal_(model.x_embedder.weight)
     seen = fill(x, t, cond)
-    assert not torch.allclose(seen, model(x, t, Cond()))
     other = with_given(Cond(), torch.randn(3, 2, 4, 8), mask)
     assert not torch.allclose(fill(x, t, other), seen)
-    assert torch.equal(fill(x, t, Cond()), model(x, t, Cond()))
-    assert not model.x_embedder._forward_hooks
 
 
 def test_what_is_to_be_drawn_is_not_told():
@@ -62,10 +64,14 @@ def test_every_sample_draws_its_given_panels_and_the_loss_counts_the_others():
     assert 0.5 < float(loss) < 2  # the noise alone
 
 
+def without(cond):
+    return Cond(extra={GIVEN: torch.zeros_like(cond.extra[GIVEN])})
+
+
 def test_it_learns_to_copy_what_is_given():
     """Both panels are equal, so a model that looks at the given one knows the other."""
     torch.manual_seed(0)
-    fill, objective = FillModel(dit()), FillPanels(LAYOUT, none_given=0.0)
+    fill, objective = filled(dit()), FillPanels(LAYOUT, none_given=0.0)
     optimizer = torch.optim.Adam(fill.parameters(), lr=3e-3)
     losses = {True: [], False: []}
     for step in range(300):
@@ -78,7 +84,7 @@ def test_it_learns_to_copy_what_is_given():
         optimizer.step()
         with torch.no_grad():
             blind = objective.loss(
-                lambda x, t, cond: fill.model(x, t, Cond()), batch, TrainState(), generators_for(range(16))
+                lambda x, t, cond: fill(x, t, without(cond)), batch, TrainState(), generators_for(range(16))
             )
             seeing = objective.loss(fill, batch, TrainState(), generators_for(range(16)))
         if step >= 280:
@@ -90,5 +96,6 @@ def test_it_learns_to_copy_what_is_given():
 def test_mistakes_are_named():
     with pytest.raises(UserError, match="share in"):
         FillPanels(LAYOUT, none_given=2.0)
-    with pytest.raises(Refusal, match="no linear x_embedder"):
-        FillModel(nn.Linear(2, 2))
+    fill = filled(dit())
+    with pytest.raises(UserError, match="as with_given makes them"):
+        fill(torch.zeros(1, 2, 4, 8), torch.ones(1), Cond(extra={GIVEN: torch.zeros(1, 2, 4, 8)}))

@@ -1,7 +1,7 @@
 """Given panels as an input of the model: the alternative to replacing them at every step.
 
-Beside the noisy canvas the model sees the clean latents of the given panels and a mask, through further columns of its
-first projection that start at zero, so that it begins as the plain model. Each sample draws which of its panels
+Beside the noisy canvas the model sees the clean latents of the given panels and a mask, as further channels
+(`control.channel_concat`) that count for nothing at first. Each sample draws which of its panels
 are given, at times none; the loss counts what is to be drawn. In use no replacement is needed while drawing: the
 model has learned to look at what is given.
 
@@ -9,17 +9,17 @@ Source: the fill models that In-Context LoRA (arXiv 2410.23775, section 3.4) nam
 latent in-painting (arXiv 2112.10752, section 4.5), with columns that start at zero (arXiv 2211.09800, section 3.2).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from smalti.core.errors import Refusal, UserError
+from smalti.control.channel_concat import ChannelCondition, given
+from smalti.core.errors import UserError
 from smalti.core.protocols import Batch, Cond, Denoiser, Generators, LossResult, TrainState
 from smalti.core.seeds import rand, randn
 from smalti.core.time import interpolate
-from smalti.nn.patchify import patchify
 from smalti.objectives.time_sampling import LogitNormal, Shifted, TimeDistribution, sample_times
 from smalti.ops.canvas import PanelLayout
 
@@ -33,38 +33,36 @@ def with_given(cond: Cond, x0: Tensor, mask: Tensor) -> Cond:
     return replace(cond, extra={**cond.extra, GIVEN: torch.cat([x0 * mask, mask], 1)})
 
 
-class FillModel(nn.Module):
-    """A model that also sees given panels: `(x, t, cond) -> velocity`.
+class PanelChannels(ChannelCondition):
+    """What is given of a canvas, as channels of the model's input.
 
     Args:
-        model: one of ours with a linear `x_embedder`; what of it learns is the caller's matter (all, an adapter).
+        latent_channels: C.
 
-    Raises:
-        Refusal: it has none.
+    Example:
+        >>> model = ChannelConcat(mmdit, [PanelChannels(16)])
     """
 
-    def __init__(self, model: Any):
+    def __init__(self, latent_channels: int):
         super().__init__()
-        embedder = getattr(model, "x_embedder", None)
-        if not isinstance(embedder, nn.Linear):
-            raise Refusal(f"{type(model).__name__} has no linear x_embedder to widen; take a DiT or MMDiT")
-        self.model, self.patch = model, int(model.config.get("patch_size", 1))
-        channels = embedder.in_features // self.patch**2
-        self.columns = nn.Linear((channels + 1) * self.patch**2, embedder.out_features, bias=False)
-        nn.init.zeros_(self.columns.weight)
-        self.to(embedder.weight.device)
+        self.latent_channels = latent_channels
 
-    def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """The velocity; without given panels in `cond.extra` that of the plain model."""
-        given = cond.extra.get(GIVEN)
-        if given is None:
-            return self.model(x, t, cond)
-        tokens = self.columns(patchify(given, self.patch).to(self.columns.weight.dtype))
-        handle = self.model.x_embedder.register_forward_hook(lambda module, args, out: out + tokens)
-        try:
-            return self.model(x, t, cond)
-        finally:
-            handle.remove()
+    @property
+    def channels(self) -> int:
+        return self.latent_channels + 1
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (GIVEN,)
+
+    def forward(self, cond: Cond, size: Sequence[int]) -> Tensor:
+        panels = given(cond, GIVEN)
+        if panels.shape[1:] != (self.channels, *size):
+            raise UserError(
+                f"got given panels {tuple(panels.shape)}; they must be (B, {self.channels}, {size[0]}, {size[1]}), "
+                "as with_given makes them"
+            )
+        return panels
 
 
 @dataclass(frozen=True)
