@@ -63,3 +63,14 @@ def test_refuses():
     for scale, interval in ((-1.0, (0, 1)), (float("inf"), (0, 1)), (2.0, (0.8, 0.2)), (2.0, (0.0, 1.5))):
         with pytest.raises(UserError, match="choose"):
             Guidance(scale, interval)
+
+
+def test_guidance_on_some_channels_leaves_the_others_to_the_condition():
+    whole = bind(Labelled(), COND, UNCOND, Guidance(3.0))(X, 0.5)
+    some = bind(Labelled(), COND, UNCOND, Guidance(3.0, channels=2))(X, 0.5)
+    given = bind(Labelled(), COND)(X, 0.5)
+    assert torch.equal(some[:, :2], whole[:, :2])
+    assert torch.equal(some[:, 2:], given[:, 2:])
+    assert torch.equal(bind(Labelled(), COND, UNCOND, Guidance(3.0, channels=4))(X, 0.5), whole)
+    with pytest.raises(UserError, match="at least 1"):
+        Guidance(2.0, channels=0)

@@ -4,6 +4,8 @@
 the interval [low, high] of t only the conditional branch runs: guidance at high noise costs variety, at low noise it
 does little, and each step outside saves half its work.
 
+With `channels` only the first of them are guided, as LightningDiT (arXiv 2501.01423) does it in its code.
+
 Source: classifier-free guidance (arXiv 2207.12598, equation 6 with scale = 1 + w); interval (arXiv 2404.07724).
 """
 
@@ -32,6 +34,8 @@ class Guidance:
         scale: 1 = conditional branch alone, 0 = unconditional, above 1 = guidance.
         interval: (low, high), the times in [0, 1] between which guidance acts, both included.
         is_batched: both branches go through the model as one batch of 2B rows (unconditional first); else in turn.
+        channels: guidance acts on the first so many channels of the sample alone; None = on all. LightningDiT's scales
+            of 6.7 and 10 are for 3 of 32 channels; on all, 1.5 to 3 are as strong.
 
     Raises:
         UserError: the scale is not a finite number, or the interval is not within [0, 1].
@@ -40,10 +44,13 @@ class Guidance:
     scale: float = 1.0
     interval: tuple[float, float] = (0.0, 1.0)
     is_batched: bool = True
+    channels: int | None = None
 
     def __post_init__(self):
         if not math.isfinite(self.scale) or self.scale < 0:
             raise UserError(f"got a guidance scale of {self.scale}; choose a number of at least 0 (1 = off)")
+        if self.channels is not None and (isinstance(self.channels, bool) or self.channels < 1):
+            raise UserError(f"got guidance on {self.channels} channels; choose a whole number of at least 1, or none")
         if len(self.interval) != 2 or not 0 <= self.interval[0] <= self.interval[1] <= 1:  # a list from json will do
             raise UserError(f"got a guidance interval of {self.interval}; choose (low, high) within [0, 1]")
 
@@ -90,6 +97,9 @@ def bind(denoiser: Denoiser, cond: Cond, uncond: Cond | None = None, guidance: G
             without, given = denoiser(torch.cat([x, x]), torch.cat([times, times]), both).chunk(2)
         else:
             without, given = denoiser(x, times, uncond), denoiser(x, times, cond)
-        return without + scale * (given - without)
+        guided = without + scale * (given - without)
+        if guidance.channels is None:
+            return guided
+        return torch.cat([guided[:, : guidance.channels], given[:, guidance.channels :]], 1)
 
     return velocity

@@ -91,6 +91,10 @@ class LatentTerm(nn.Module, ABC):
         """Of the term, before its adaptive weight."""
         return 1.0
 
+    def at(self, step: int) -> None:
+        """Told the step before each call, for a term that changes in the course of a training; by default none does."""
+        return
+
     @abstractmethod
     def forward(self, latents: Tensor, cond: Cond) -> Tensor:
         """The term (), of unnormalised latents (B, C, h, w); teacher features stand in `cond.extra`."""
@@ -144,6 +148,7 @@ class Players(nn.Module):
         latents = out.mean + (0.5 * out.logvar).exp() * noise
         for term in self.terms:
             assert isinstance(term, LatentTerm)
+            term.at(step)
             value = term(latents, cond)
             weight = balance(nll, value, self._ends[0], LARGEST_TERM_WEIGHT)
             loss = loss + term.weight * weight * value
