@@ -15,6 +15,7 @@ from smalti.core.protocols import Cond
 from smalti.objectives.flow_matching import FlowMatching
 from smalti.training.config import TrainConfig
 from smalti.training.repa import REPA, REPASettings, TeacherPort
+from smalti.training.stopping import StopAt, StopOnConflict
 from smalti.training.trainer import Trainer, TrainReport
 
 torch.set_num_threads(1)
@@ -33,8 +34,9 @@ def train(out: Path, **settings) -> TrainReport:
             ToyDenoiser(**model), FlowMatching(), ToySource(**source), config, out, held_out=held_out, on_sample=sample
         )
     else:
-        term = REPA(16, [TeacherPort("teacher", DIM)], REPASettings(depth=1, hidden=16, until=until))
-        trainer = Trainer(DiT.tiny(), FlowMatching(), PlanesSource(), config, out, losses=[term])
+        term = REPA(16, [TeacherPort("teacher", DIM)], REPASettings(depth=1, hidden=16))
+        rule = StopAt((term.name,), until) if until else StopOnConflict((term.name,), 1.1, checks=3, every=4)
+        trainer = Trainer(DiT.tiny(), FlowMatching(), PlanesSource(), config, out, losses=[term], stops=[rule])
     return trainer.fit(resume=True)
 
 

