@@ -32,6 +32,8 @@ def small(digits, monkeypatch):
     yield
     for one in CACHED:
         one.cache_clear()
+    for path in (digits / "prepared").glob("digit-*-5.safetensors"):
+        path.unlink()
 
 
 def config(steps=4):
