@@ -7,6 +7,8 @@ from diffusers import QwenImageTransformer2DModel, ZImageTransformer2DModel
 from family import TEXT, Family, draw
 
 from smalti.backbones.dit import DiT
+from smalti.backbones.microdit import MicroDiT
+from smalti.backbones.mixed_dit import MixedDiT
 from smalti.backbones.mmdit import MMDiT
 from smalti.core.protocols import Cond
 
@@ -66,4 +68,6 @@ FAMILIES = {
     "mmdit": Family(MMDiT.tiny, mmdit, sample="x", time="t", scale=1),
     "our-dit": Family(DiT.tiny, dit, sample="x", time="t", scale=1),
     "our-text-dit": Family(DiT.tiny_text, text_dit, sample="x", time="t", scale=1),
+    "our-mixed-dit": Family(MixedDiT.tiny, text_dit, sample="x", time="t", scale=1, is_kin=True),
+    "our-microdit": Family(MicroDiT.tiny, text_dit, sample="x", time="t", scale=1, is_kin=True),
 }  # fmt: skip
