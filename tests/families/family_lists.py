@@ -9,6 +9,8 @@ from family import TEXT, Family, draw
 from smalti.backbones.dit import DiT
 from smalti.backbones.dit_dh import DiTDH
 from smalti.backbones.lightning_dit import LightningDiT
+from smalti.backbones.microdit import MicroDiT
+from smalti.backbones.mixed_dit import MixedDiT
 from smalti.backbones.mmdit import MMDiT
 from smalti.core.protocols import Cond
 
@@ -75,4 +77,6 @@ FAMILIES = {
     "our-lightning-dit": Family(LightningDiT.tiny, labelled, sample="x", time="t", scale=1, is_kin=True),
     "our-dit-dh": Family(DiTDH.tiny_patches, labelled, sample="x", time="t", scale=1, is_kin=True),
     "our-text-dit": Family(DiT.tiny_text, text_dit, sample="x", time="t", scale=1),
+    "our-mixed-dit": Family(MixedDiT.tiny, text_dit, sample="x", time="t", scale=1, is_kin=True),
+    "our-microdit": Family(MicroDiT.tiny, text_dit, sample="x", time="t", scale=1, is_kin=True),
 }  # fmt: skip

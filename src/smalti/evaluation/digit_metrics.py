@@ -76,7 +76,7 @@ def load_classifier() -> DigitClassifier:
 
 
 def _train(model: DigitClassifier, pixels: Tensor, labels: Tensor) -> None:
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(SEED)
         for layer in model.modules():
             if isinstance(layer, nn.Conv2d | nn.Linear):
