@@ -108,8 +108,9 @@ def train_emoji_arm(
     objective: Objective | None = None,
     source: SampleSource | None = None,
     losses: Sequence[Alignment] = (),
+    autoencoder: ConvAutoencoder | None = None,
 ) -> Trained:
-    """Trains a denoiser of 16 channels on 8 x 8 tokens, text width 384 and four labels.
+    """Trains a denoiser on 8 x 8 tokens, of 16 channels if no autoencoder is given, text width 384 and four labels.
 
     Args:
         model: changed in place.
@@ -117,22 +118,36 @@ def train_emoji_arm(
         objective: flow matching if None.
         source: samples instead of the stock's.
         losses: added to the objective.
+        autoencoder: whose latents take the place of those of `emoji`.
     """
-    shared = stock()
+    shared, held_out = stock(), stock().held_out
+    if autoencoder is not None:
+        assert source is None, "samples come from the autoencoder or from a source"
+        source, held_out = latents_of(autoencoder)
     with tempfile.TemporaryDirectory(prefix="smalti-arm-") as folder:
         trainer = Trainer(
             model, objective or FlowMatching(), source or shared.train, config, Path(folder),
-            held_out=shared.held_out, losses=losses,
+            held_out=held_out, losses=losses,
         )  # fmt: skip
         report = trainer.fit()
     averaged: Any = trainer.ema_model.eval()
     pipe = TextToImagePipeline(
-        averaged, shared.autoencoder, make_scheduler("euler"), text_length=TEXT_LENGTH, styles=list(STYLES)
-    )
+        averaged, autoencoder or shared.autoencoder, make_scheduler("euler"), text_length=TEXT_LENGTH,
+        styles=list(STYLES),
+    )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     pipe.use_text_encoder(shared.encoder)
     assert report.held_out_loss is not None, "eval_every is 0: an arm is measured on held-out concepts"
     return Trained(pipe, report.held_out_loss, report.images_per_second)
+
+
+def latents_of(autoencoder: ConvAutoencoder) -> tuple[LatentSource, LatentSource]:
+    """Samples of the training and of the held-out concepts from another autoencoder, not drawn; made once and kept."""
+    shared, folder = stock(), cache_folder() / "arms"
+    return (
+        latent_source(autoencoder, shared.train_pictures, shared.encoder, STYLES, folder),
+        latent_source(autoencoder, shared.held_out_pictures, shared.encoder, STYLES, folder),
+    )
 
 
 def feature_tables(teacher: str) -> tuple[LatentCache, LatentCache]:
