@@ -23,6 +23,9 @@ def test_the_reader_names_classes_of_unseen_groups():
     assert reader(unseen).tolist() == [[0, 2], [1, 1]]
     noise = SharedReader.fit(torch.randn(300, 16), [f"c{i}" for i in rows.tolist()], torch.arange(300) // 3)
     assert noise.accuracy < 0.6
+    assert torch.equal(
+        reader(unseen), SharedReader.fit(features, [f"c{i}" for i in rows.tolist()], torch.arange(300) // 3)(unseen)
+    )
     with pytest.raises(UserError, match="at least 2 names"):
         SharedReader.fit(features, ["a"] * 300, torch.arange(300))
 

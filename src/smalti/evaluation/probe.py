@@ -81,8 +81,10 @@ def linear_probe(features: Tensor, classes: Tensor, groups: Tensor, unseen: Tens
     part = torch.isin(groups, known_groups[::CHOSEN_ON])
     rest = ~part
     known = standard(features)
-    best = max(PENALTIES, key=lambda one: _accuracy(ridge(known[rest], classes[rest], one), known[part], classes[part]))
-    return _accuracy(ridge(known, classes, best), standard(unseen), unseen_classes)
+    best = max(
+        PENALTIES, key=lambda one: _accuracy(_ridge(known[rest], classes[rest], one), known[part], classes[part])
+    )
+    return _accuracy(_ridge(known, classes, best), standard(unseen), unseen_classes)
 
 
 def cknna(one: Tensor, other: Tensor, neighbours: int = 10) -> float:
@@ -115,7 +117,7 @@ def _neighbours(kernel: Tensor, count: int) -> Tensor:
     return torch.zeros_like(kernel, dtype=torch.bool).scatter_(1, nearest, True)
 
 
-def ridge(features: Tensor, classes: Tensor, penalty: float) -> Tensor:
+def _ridge(features: Tensor, classes: Tensor, penalty: float) -> Tensor:
     """Weights (D, classes) of ridge regression onto one-hot targets; the penalty is a share of the samples."""
     targets = nn.functional.one_hot(classes).double()
     gram = features.T @ features + penalty * len(features) * torch.eye(features.shape[1], dtype=torch.float64)
