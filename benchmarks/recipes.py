@@ -8,9 +8,9 @@ distance in half of the pictures is judged on seeds that chose nothing. Training
 
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from functools import partial, reduce
-from operator import or_
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -125,8 +125,7 @@ def _data(one: dict[str, Any], base: Setup, chosen: Aids | None, settings: Setti
     for name, figures in zip(setups, trainings.of(list(setups.values()), seeds), strict=True):
         one["rows"].append(_row(name, setups[name], figures))
     if chosen is None:
-        at = {row["name"]: row["mean"]["distance"] for row in one["rows"]}
-        chosen = reduce(or_, (AIDS[name] for name in AIDS if at[name] < at[PLAIN]), Aids())
+        chosen = together({row["name"]: row["mean"]["distance"] for row in one["rows"]})
     best = _tuned(replace(base, aids=chosen), settings, trainings)
     fresh = [seed + FRESH for seed in seeds]
     last = {PLAIN: plain, BEST: best, HALF: replace(best, images=best.images // 2)}
@@ -134,6 +133,17 @@ def _data(one: dict[str, Any], base: Setup, chosen: Aids | None, settings: Setti
     one["rows"] += [_row(name, last[name], figures[name]) for name in (BEST, HALF)]
     one["fresh"] = {name: [figure["distance"] for figure in some] for name, some in figures.items()}
     one["half"] = asdict(compare(one["fresh"][HALF], one["fresh"][PLAIN])) if settings.seeds > 2 else None
+    return chosen
+
+
+def together(at: dict[str, float]) -> Aids:
+    """The aids whose distance is below the plain training's; of those that exclude each other, or say the same thing
+    in two ways, the better."""
+    chosen = Aids()
+    for name in sorted((name for name in AIDS if at[name] < at[PLAIN]), key=lambda name: at[name]):
+        if not chosen.said.keys() & AIDS[name].said.keys():
+            with suppress(UserError):
+                chosen |= AIDS[name]
     return chosen
 
 

@@ -15,8 +15,10 @@ def trained(monkeypatch, tmp_path):
 
     def figures(setup, seed):
         distance = 100 + 10 * (setup.rate != 1e-3) + 5 * (setup.batch != 16) + 2 * (setup.ema != 0.98) + seed / 100
-        distance -= 20 * bool(setup.aids.teacher) + 10 * (setup.aids.optimizer == "muon")
-        distance += 7 * bool(setup.aids.mask) + 7 * (setup.aids.time != "uniform") + 7 * bool(setup.aids.tuned_width)
+        aids = setup.aids
+        distance -= 20 * bool(aids.teacher) + 10 * (aids.optimizer == "muon")
+        distance += 25 * (aids.ends < 1) + 7 * aids.is_lightning + 7 * bool(aids.mask)
+        distance += 7 * (aids.time != "uniform") + 7 * bool(aids.tuned_width)
         distance += 5 * (setup.images < 1000)
         found = {"distance": distance, "right": 0.5, "probe": 0.5, "images per second": 100.0, "seconds": 8.0}
         return found | {f"distance at {quarter}/4": distance + 9 for quarter in recipes.QUARTERS}
@@ -57,6 +59,13 @@ def test_aids_that_help_go_together_and_are_tuned_as_often_as_the_plain_training
     text = recipes.table(result)
     assert "never" in text
     assert "half of the pictures" in text
+
+
+def test_of_aids_that_exclude_each_other_the_better_is_taken():
+    at = dict.fromkeys((recipes.PLAIN, *AIDS), 100.0)
+    chosen = recipes.together(at | {"microdit": 80.0, "lightningdit": 90.0, "repa": 95.0, "repa, ended early": 99.0})
+    assert chosen == Aids(mask=AIDS["microdit"].mask, teacher=AIDS["repa"].teacher)
+    assert recipes.together(at) == Aids()
 
 
 def test_nothing_is_trained_twice_and_time_ends_it(trained):

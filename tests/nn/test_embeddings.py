@@ -5,7 +5,7 @@ import torch
 from diffusers.models.embeddings import get_timestep_embedding
 
 from smalti.core.errors import UserError
-from smalti.nn.embeddings import LabelEmbedder, TimeEmbedder, sinusoidal
+from smalti.nn.embeddings import FourierTimeEmbedder, LabelEmbedder, TimeEmbedder, sinusoidal
 
 
 @pytest.mark.parametrize("shift", [0, 1])
@@ -28,3 +28,14 @@ def test_no_label_is_the_last_row():
     assert not torch.equal(embedder(None, 1), embedder(torch.tensor([0]), 1))
     with pytest.raises(UserError, match="long"):
         embedder(torch.tensor([0.0]), 1)
+
+
+def test_random_frequencies_stay_and_tell_times_apart():
+    torch.manual_seed(3)
+    embedder = FourierTimeEmbedder(8, frequencies=64)
+    assert "frequencies" in embedder.state_dict()
+    assert all(not name.startswith("frequencies") for name, _ in embedder.named_parameters())
+    assert 0.8 < embedder.frequencies.std() < 1.2
+    out = embedder(torch.linspace(0, 1, 5))
+    assert out.shape == (5, 8)
+    assert torch.pdist(out).min() > 1e-3

@@ -83,6 +83,39 @@ def test_the_best_linear_denoiser_of_normal_samples_is_the_known_one():
     assert slope.item() == pytest.approx(expected, abs=0.05)
 
 
+def test_a_floor_leaves_noise_at_the_data_s_end_and_none_but_noise_at_the_other():
+    """The paper's own formulas: xt = (1 - t) x0 + (e + (1 - e) t) noise, velocity (1 - e) noise - x0."""
+    batch, e = make_batch(), 0.25
+    seen = {}
+
+    def denoiser(xt, t, cond):
+        seen["xt"], seen["t"] = xt, expand_time(t, xt)
+        return torch.zeros_like(xt)
+
+    error, _ = FlowMatching(floor=e).errors(denoiser, batch, generators_for(range(6)))
+    t, spread = seen["t"], e + (1 - e) * seen["t"]
+    noise = (seen["xt"] - (1 - t) * batch.x0) / spread
+    torch.testing.assert_close(error, ((1 - e) * noise - batch.x0).square().flatten(1).mean(1), rtol=1e-4, atol=0)
+    drawn = []
+    for one in generators_for(range(6)):
+        torch.rand(1, generator=one)
+        drawn.append(torch.randn(batch.x0.shape[1:], generator=one))
+    torch.testing.assert_close(noise, torch.stack(drawn), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("target", ["velocity", "x0", "eps"])
+def test_with_a_floor_the_true_velocity_has_no_loss_either(target):
+    batch, e = make_batch(), 0.1
+
+    def truth(xt, t, cond):
+        t = expand_time(t, xt)
+        noise = (xt - (1 - t) * batch.x0) / (e + (1 - e) * t)
+        return (1 - e) * noise - batch.x0
+
+    assert loss(FlowMatching(target=target, floor=e), truth, batch, range(6)) < 1e-6
+    assert loss(FlowMatching(floor=0.0), truth, batch, range(6)) > 1e-3
+
+
 def test_half_precision_samples_give_a_float32_loss():
     batch = make_batch().to(torch.bfloat16)
 
@@ -93,7 +126,9 @@ def test_half_precision_samples_give_a_float32_loss():
     assert loss(FlowMatching(), denoiser, batch, range(6)).dtype == torch.float32
 
 
-@pytest.mark.parametrize("settings", [{"target": "noise"}, {"shift": 0.0}, {"shift": float("inf")}, {"strata": 0}])
+@pytest.mark.parametrize(
+    "settings", [{"target": "noise"}, {"shift": 0.0}, {"shift": float("inf")}, {"strata": 0}, {"floor": 1.0}]
+)
 def test_bad_settings_are_refused(settings):
     with pytest.raises(UserError):
         FlowMatching(**settings)

@@ -15,7 +15,7 @@ from smalti.training.config import TrainConfig
 from smalti.training.latent_source import LatentSource
 from smalti.training.trainer import Trainer
 
-ALL = Aids("vit-caption", 0.5, "logit-normal", "muon", 32)
+ALL = Aids("vit-caption", 0.5, mask=0.5, time="logit-normal", optimizer="muon", tuned_width=32)
 SHAPE = {"in_channels": 1, "patch_size": 4, "num_labels": 10, "base_size": 4}
 
 
@@ -38,7 +38,7 @@ def test_joined_aids_keep_what_each_says():
     assert Aids(mask=0.5) | Aids() == Aids(mask=0.5)
 
 
-@pytest.mark.parametrize("wrong", [{"mask": 1.0}, {"time": "evening"}, {"optimizer": "sgd"}])
+@pytest.mark.parametrize("wrong", [{"mask": 1.0}, {"time": "evening"}, {"optimizer": "sgd"}, {"ends": 0.0}])
 def test_values_out_of_range_are_named(wrong):
     with pytest.raises(UserError, match=str(next(iter(wrong.values())))):
         Aids(**wrong)
@@ -59,6 +59,17 @@ def test_every_aid_trains(aids):
     if aids.teacher:
         assert "alignment cosine" in found.metrics
         assert any(one.grad is not None and one.grad.abs().sum() > 0 for one in terms[0].parameters())
+
+
+def test_masks_and_rotary_positions_exclude_each_other():
+    with pytest.raises(UserError, match="rotary"):
+        Aids(mask=0.5) | Aids(is_lightning=True)
+
+
+def test_alignment_ends_at_its_share():
+    [rule] = Aids("vit-caption", ends=0.3).stops(100)
+    assert (rule.losses, rule.step) == (("repa",), 30)
+    assert Aids("vit-caption").stops(100) == Aids(ends=0.3).stops(100) == []
 
 
 def test_tokens_are_dropped_until_the_finish(monkeypatch):
@@ -94,7 +105,7 @@ def test_a_training_that_was_cut_ends_as_one_that_was_not(aids, tmp_path):
             config = TrainConfig(steps=20, batch=4, optimizer=aids.optimizer, save_every=1, minutes=most)
             trainer = Trainer(
                 started.model, aids.objective(20, 4), source, config, folder, factors=started.factors,
-                losses=aids.losses(64, 3, 6),
+                losses=aids.losses(64, 3, 6), stops=aids.stops(20),
             )  # fmt: skip
             trainer.fit(resume=True)
             torch.manual_seed(2)

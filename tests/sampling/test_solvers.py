@@ -6,9 +6,9 @@ import torch
 from smalti.core.errors import UserError
 from smalti.core.protocols import Solver, SolverState
 from smalti.sampling.shift import uniform_schedule
-from smalti.sampling.solvers import SDE, Euler, Heun
+from smalti.sampling.solvers import SDE, Euler, Heun, Midpoint
 
-SOLVERS = [Euler(), Heun(), SDE()]
+SOLVERS = [Euler(), Heun(), Midpoint(), SDE()]
 
 
 def run(solver, denoiser, state, schedule, first=0, last=None, seed=0):
@@ -29,6 +29,18 @@ def test_measured_order_is_the_stated_one(solver, gaussian, start, t, s):
     ]
     slope = math.log2(errors[0] / errors[2]) / 2
     assert abs(slope - solver.order) < 0.15
+
+
+@pytest.mark.parametrize(("t", "s"), [(1.0, 0.2), (0.2, 1.0)])
+def test_midpoint_is_of_second_order(t, s):
+    """On a field that is not linear in x; on the Gaussian's one its leading errors cancel."""
+    x = torch.tensor([0.5], dtype=torch.float64)
+    exact = 1 / (1 / x + t - s)  # of dx/dt = x^2
+    errors = [
+        float((run(Midpoint(), lambda x, t: x**2, x, uniform_schedule(n, start=t, end=s)).x - exact).abs())
+        for n in (32, 128)
+    ]
+    assert math.log2(errors[0] / errors[1]) / 2 == pytest.approx(2, abs=0.1)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -75,7 +87,7 @@ def test_sde_without_diffusion_is_euler(gaussian, start):
     assert torch.equal(run(SDE(0.0), gaussian, start, schedule).x, run(Euler(), gaussian, start, schedule).x)
 
 
-@pytest.mark.parametrize(("solver", "calls"), [(Euler(), 4), (Heun(), 7), (SDE(), 4)])
+@pytest.mark.parametrize(("solver", "calls"), [(Euler(), 4), (Heun(), 7), (Midpoint(), 8), (SDE(), 4)])
 def test_calls(solver, calls, gaussian, start):
     made = []
 

@@ -5,7 +5,7 @@ import torch
 
 from smalti.core.errors import UserError
 from smalti.core.protocols import Cond
-from smalti.training.va_vae_lightningdit import VFLoss, VFSettings
+from smalti.training.va_vae_lightningdit import VFLoss, VFSettings, paper_phases
 
 
 def seen(features):
@@ -54,6 +54,37 @@ def test_features_of_another_grid_are_resized_and_either_side_can_be_projected()
     term(latents, seen(torch.randn(2, 64, 5))).backward()
     assert latents.grad.abs().sum() > 0
     assert term.project.weight.grad.abs().sum() > 0
+
+
+def test_phases_follow_the_step():
+    phases = paper_phases(1300)
+    assert list(phases) == [0, 1000, 1150]
+    term = VFLoss(3, 5, phases[0], later={start: one for start, one in phases.items() if start})
+    latents, features = torch.randn(2, 3, 2, 2), torch.randn(2, 4, 5)
+    weights, values = [], []
+    for step in (0, 999, 1000, 1149, 1150, 5000, 3):  # a resumed training may ask for any
+        term.at(step)
+        weights.append(term.weight)
+        values.append(float(term(latents, seen(features)).detach()))
+    assert weights == [0.5, 0.5, 0.1, 0.1, 0.1, 0.1, 0.5]
+    assert values[0] == values[3] == values[-1] > values[4] == values[5]  # margins let go
+    assert set(term.settings["later"]) == {"1000", "1150"}
+    assert "later" not in VFLoss(3, 5).settings
+    with pytest.raises(UserError, match="too few"):
+        paper_phases(20)
+    with pytest.raises(UserError, match="cannot follow"):
+        VFLoss(3, 5, later={0: VFSettings()})
+
+
+def test_the_players_tell_the_step():
+    from test_tokenizer import SMALL, Players, autoencoder
+
+    term = VFLoss(4, 5, VFSettings(0.5), later={3: VFSettings(0.1)})
+    model = Players(autoencoder(), SMALL, [term])
+    pixels, noise = torch.rand(2, 3, 16, 16) * 2 - 1, torch.randn(2, 4, 4, 4)
+    losses = [model(pixels, noise, seen(torch.randn(2, 16, 5)), step).metrics for step in (0, 3)]
+    assert term.weight == 0.1
+    assert all("vf" in one for one in losses)
 
 
 def test_mistakes_are_named():

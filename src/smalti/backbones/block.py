@@ -25,11 +25,13 @@ from smalti.core.errors import UserError, unknown_name
 from smalti.nn.block_attention import BlockContext, CrossAttention, SelfAttention
 from smalti.nn.ffn import FeedForward
 from smalti.nn.joint_blocks import StreamAttention, StreamProjections, Streams
-from smalti.nn.modulation import EPS, Modulation, ModulationTable, Triple, gated_add, modulated_norm
+from smalti.nn.modulation import EPS, Modulation, ModulationTable, Triple, gated_add, modulate, modulated_norm
+from smalti.nn.norm import RMSNorm
 
 Parts = Mapping[str, Callable[[], nn.Module]]
 """Makers of sublayers by name ("ffn_a") or kind ("ffn"); an ffn is called with tokens, others with the context too."""
 NORMS = ("pre", "post", "sandwich")
+NORM_KINDS = ("layer", "rms")
 MODULATIONS = ("own", "shared", "none")
 
 
@@ -47,6 +49,8 @@ class TransformerBlock(nn.Module):
         ffn_norm_eps: epsilon of the norm before a feed-forward layer.
         dropout: share of a sublayer's output that is dropped in training, in [0, 1).
         bare_cross: cross-attention has neither norm nor shift, scale and gate.
+        norm_kind: layer, or rms, an RMS norm that keeps learned weights under a modulation too.
+        has_shift: False: an own modulation scales and gates, but does not shift.
         parts: other sublayers than self-attention, cross-attention and `FeedForward`.
 
     Example:
@@ -69,9 +73,13 @@ class TransformerBlock(nn.Module):
         ffn_norm_eps: float = EPS,
         dropout: float = 0.0,
         bare_cross: bool = False,
+        norm_kind: Literal["layer", "rms"] = "layer",
+        has_shift: bool = True,
         parts: Parts | None = None,
     ):
         super().__init__()
+        if norm_kind not in NORM_KINDS:
+            raise unknown_name("kind of norm", norm_kind, NORM_KINDS)
         if norm not in NORMS:
             raise unknown_name("norm placement", norm, NORMS)
         if modulation not in MODULATIONS:
@@ -80,12 +88,14 @@ class TransformerBlock(nn.Module):
             raise UserError(
                 "a norm after the sum leaves no place for shift and scale; use norm pre, or modulation none"
             )
-        self.norm, self.ffn_norm_eps, self.bare_cross = norm, ffn_norm_eps, bare_cross
+        self.norm, self.norm_kind, self.ffn_norm_eps, self.bare_cross = norm, norm_kind, ffn_norm_eps, bare_cross
         self.set_order(order)
         count = sum(place is not None for place in self.places)
         self.modulation = None
         if modulation != "none":
-            self.modulation = (Modulation if modulation == "own" else ModulationTable)(width, count)
+            self.modulation = (
+                Modulation(width, count, has_shift) if modulation == "own" else ModulationTable(width, count)
+            )
         makers: Parts = {
             "attn": lambda: SelfAttention(width, heads),
             "cross": lambda: CrossAttention(width, heads),
@@ -94,8 +104,9 @@ class TransformerBlock(nn.Module):
         }
         for name in names_of(self.order):
             self.add_module(name, (makers[name] if name in makers else makers[kind_of(name)])())
-        if modulation == "none":
-            self.norms = nn.ModuleList(nn.LayerNorm(width, eps=EPS) for _ in range(count))
+        if modulation == "none" or norm_kind == "rms":
+            kind = RMSNorm if norm_kind == "rms" else nn.LayerNorm
+            self.norms = nn.ModuleList(kind(width, eps=EPS) for _ in range(count))
         if norm == "sandwich":
             learned = modulation == "none"
             self.out_norms = nn.ModuleList(nn.LayerNorm(width, EPS, elementwise_affine=learned) for _ in range(count))
@@ -128,6 +139,8 @@ class TransformerBlock(nn.Module):
         return part(x) if kind_of(name) == "ffn" else part(x, context)
 
     def _before(self, x: Tensor, entry: Entry, place: int, triple: Triple | None) -> Tensor:
+        if triple is not None and self.norm_kind == "rms":
+            return modulate(self.norms[place](x), triple.shift, triple.scale)
         if triple is not None:
             return modulated_norm(x, triple.shift, triple.scale, norm_eps(entry, self.ffn_norm_eps))
         return x if self.norm == "post" else self.norms[place](x)

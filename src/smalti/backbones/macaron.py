@@ -202,6 +202,8 @@ def _convert(block: TransformerBlock | JointBlock) -> TransformerBlock | JointBl
     layers = {suffix: layer for suffix, layer in found.items() if isinstance(layer, FeedForward)}
     if len(layers) < len(found) or not any(sublayers == "ffn" for sublayers, _ in order):
         raise Refusal("only a block with one FeedForward of its own entry can become a Macaron block")
+    if isinstance(block, TransformerBlock) and block.norm_kind != "layer":
+        raise Refusal("a block with RMS norms cannot become a Macaron block; train one in that order from the start")
     if isinstance(block, TransformerBlock) and block.norm != "pre":
         raise Refusal(f"a block with norms in {block.norm} cannot become a Macaron block: halves would be normed apart")
     new = copy.deepcopy(block)

@@ -32,7 +32,7 @@ from smalti.nn.initialise import draw_weights
 from smalti.nn.modulation import FinalNorm
 from smalti.nn.patchify import patchify, unpatchify
 from smalti.nn.positions import grid_positions
-from smalti.nn.rope import grid_rope
+from smalti.nn.rope import grid_rope, plane_axes
 from smalti.nn.wide_attention import WideCrossAttention
 from smalti.objectives.edm import Preconditioning
 from smalti.ops.token_masks import KEEP
@@ -110,7 +110,7 @@ class MicroDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if positions not in POSITIONS:
             raise unknown_name("positions", positions, POSITIONS)
         self.patch_size, self.width, self.base_size = patch_size, width, base_size
-        self.axes_dims_rope = rope_axes(head_dim) if positions == "rope" else None
+        self.axes_dims_rope = plane_axes(head_dim) if positions == "rope" else None
         self.attention_backend = "auto"
         self.gradient_checkpointing = False
         self.preconditioning = Preconditioning(sigma_data) if sigma_data else None
@@ -256,8 +256,3 @@ def growing(ends: tuple[float, float], depth: int) -> list[float]:
 def heads_of(ratio: float, width: int, head_dim: int) -> int:
     """Heads of an attention that is at least `ratio` of D wide: an even number, or all that D has."""
     return min(width // head_dim, 2 * math.ceil(int(ratio * width) / (2 * head_dim)))
-
-
-def rope_axes(head_dim: int) -> tuple[int, int, int]:
-    """Channels of (frame, row, column): none for the frame, half of the head for each of the others."""
-    return (0, head_dim // 2, head_dim // 2)

@@ -80,10 +80,15 @@ Note = Callable[[str], None]
 
 @dataclass(frozen=True)
 class StepCall:
-    """The whole denoiser call; `run()` computes its predictions, in most models one tensor (B, ...)."""
+    """The whole denoiser call; `run()` computes its predictions, in most models one tensor (B, ...).
+
+    `sample` is the noisy sample (B, ...), or a list of samples as some models take it; `run(other)` computes the
+    predictions of another sample of the same form in its place.
+    """
 
     moment: Moment
-    run: Callable[[], Outputs]
+    sample: Any
+    run: Callable[..., Outputs]
     note: Note
 
 

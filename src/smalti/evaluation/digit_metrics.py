@@ -6,21 +6,18 @@ compares with nothing but others of the same name and count.
 """
 
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from smalti.core.files import atomic_file
 from smalti.data.digits import CLASSES, load_digits
 from smalti.data.packages import cache_folder
+from smalti.evaluation.fit_once import SEED, fit_once
 from smalti.evaluation.frechet import frechet_distance
 
 METRIC = "FD-digits"
-FEATURES, EPOCHS, BATCH, SEED = 64, 12, 64, 0
+FEATURES, EPOCHS = 64, 12
 
 
 class DigitClassifier(nn.Module):
@@ -54,12 +51,33 @@ class DigitReport(NamedTuple):
 
 
 @torch.no_grad()
-def digit_report(pixels: Tensor) -> DigitReport:
-    """Figures of pictures (1000, 1, 32, 32) in [-1, 1] that were drawn for the classes of the held-out digits."""
+def digit_report(pixels: Tensor, rows: Tensor | None = None) -> DigitReport:
+    """Figures of pictures (N, 1, 32, 32) in [-1, 1] that were drawn for the classes of the held-out digits.
+
+    Args:
+        pixels: one a digit.
+        rows: which of the 1000 digits (N,); None = all. Distances of other counts do not compare.
+    """
     classifier, real = load_classifier(), load_digits("held-out")
+    wanted, labels = real.pixels(), real.labels
+    if rows is not None:
+        wanted, labels = wanted[rows], labels[rows]
     drawn = classifier.features(pixels.clamp(-1, 1))
-    right = classifier.head(drawn).argmax(-1) == real.labels
-    return DigitReport(frechet_distance(drawn, classifier.features(real.pixels())), right.float().mean().item())
+    right = classifier.head(drawn).argmax(-1) == labels
+    return DigitReport(frechet_distance(drawn, classifier.features(wanted)), right.float().mean().item())
+
+
+@torch.no_grad()
+def class_spread(pixels: Tensor, labels: Tensor) -> float:
+    """How different digits of one class are: mean squared distance of their features to the class's mean.
+
+    Args:
+        pixels: (N, 1, 32, 32) in [-1, 1].
+        labels: the classes (N,) they were drawn for.
+    """
+    features = load_classifier().features(pixels.clamp(-1, 1))
+    parts = [features[labels == one] for one in labels.unique()]
+    return float(torch.cat([(part - part.mean(0)).square().sum(1) for part in parts]).mean())
 
 
 @cache
@@ -67,32 +85,5 @@ def load_classifier() -> DigitClassifier:
     """The classifier, trained at the first call."""
     digits, model = load_digits("train"), DigitClassifier()
     path = cache_folder() / "prepared" / f"digit-classifier-{digits.hash[:12]}-{SEED}.safetensors"
-    if path.is_file():
-        model.load_state_dict(load_file(path))
-    else:
-        _train(model, digits.pixels(), digits.labels)
-        _save(model, path)
-    return model.eval().requires_grad_(False)
-
-
-def _train(model: DigitClassifier, pixels: Tensor, labels: Tensor) -> None:
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(SEED)
-        for layer in model.modules():
-            if isinstance(layer, nn.Conv2d | nn.Linear):
-                layer.reset_parameters()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-        steps = EPOCHS * len(labels) // BATCH
-        rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        for _ in range(steps):
-            rows = torch.randint(len(labels), (BATCH,))
-            shift = torch.randint(-2, 3, (2,)).tolist()
-            F.cross_entropy(model(pixels[rows].roll(shift, (2, 3))), labels[rows]).backward()
-            optimizer.step()
-            rates.step()
-            optimizer.zero_grad()
-
-
-def _save(model: DigitClassifier, path: Path) -> None:
-    with atomic_file(path) as temporary:
-        save_file(model.state_dict(), temporary)
+    fit_once(model, path, digits.pixels(), digits.labels, EPOCHS)
+    return model

@@ -3,7 +3,8 @@
 `SelfAttention` lets tokens attend to each other, `CrossAttention` to those of a memory such as an encoded text:
 `softmax(q k^T / sqrt(d)) v` with `q = x Wq` and `k, v` from the tokens or from the memory.
 
-Source: arXiv 1706.03762, sections 3.2.2 and 3.2.3. M memory tokens.
+Source: arXiv 1706.03762, sections 3.2.2 and 3.2.3; norms of queries and keys, arXiv 2302.05442, section 2. M memory
+tokens.
 """
 
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from smalti.core.errors import UserError
+from smalti.nn.norm import RMSNorm
 from smalti.nn.rope import apply_rope
 from smalti.ops.attention import attention
 
@@ -42,16 +44,21 @@ class SelfAttention(nn.Module):
     Args:
         width: D = heads * head_dim.
         heads: h.
+        has_qk_norm: an RMS norm of each head's queries and keys, before they are turned.
     """
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, has_qk_norm: bool = False):
         super().__init__()
         self.heads = heads
         self.to_qkv = nn.Linear(width, 3 * width)
+        self.norm_q = RMSNorm(width // heads) if has_qk_norm else None
+        self.norm_k = RMSNorm(width // heads) if has_qk_norm else None
         self.to_out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, context: BlockContext) -> Tensor:
         q, k, v = self.to_qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # (B, N, h, d)
+        if self.norm_q is not None and self.norm_k is not None:
+            q, k = self.norm_q(q), self.norm_k(k)
         if context.rope is not None:
             q, k = (apply_rope(one.contiguous(), context.rope[:, None]) for one in (q, k))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

@@ -1,7 +1,9 @@
 """Embeddings of time, vectors and labels into the width of a transformer.
 
 Time: `[cos(1000 t f_i), sin(1000 t f_i)]` with `f_i = 10000 ** (-i / (half - shift))`, then a two-layer SiLU MLP
-(arXiv 1706.03762, section 3.5; DiT, arXiv 2212.09748). FLUX.1 has shift 0, DiT in diffusers shift 1.
+(arXiv 1706.03762, section 3.5; DiT, arXiv 2212.09748). FLUX.1 has shift 0, DiT in diffusers shift 1. Or with random
+frequencies `[cos(2 pi t f_i), sin(2 pi t f_i)]`, f_i from a normal distribution once and for all (arXiv 2006.10739,
+section 6.1; of time, arXiv 2011.13456, appendix C).
 """
 
 import math
@@ -68,6 +70,25 @@ class TimeEmbedder(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         features = sinusoidal(t, self.frequencies, self.shift)
         return self.mlp(features.to(self.mlp.linear_1.bias.dtype))
+
+
+class FourierTimeEmbedder(nn.Module):
+    """Times (...) in [0, 1] -> (..., D), by random frequencies that are drawn once and never learn.
+
+    Args:
+        width: D.
+        frequencies: their number, half of that of the features.
+        scale: their standard deviation, in turns over the whole of time.
+    """
+
+    def __init__(self, width: int, frequencies: int = 256, scale: float = 1.0):
+        super().__init__()
+        self.register_buffer("frequencies", scale * torch.randn(frequencies))
+        self.mlp = VectorEmbedder(2 * frequencies, width)
+
+    def forward(self, t: Tensor) -> Tensor:
+        angle = 2 * math.pi * t.float()[..., None] * self.frequencies.float()  # type: ignore[operator]
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.mlp.linear_1.bias.dtype))
 
 
 class LabelEmbedder(nn.Module):

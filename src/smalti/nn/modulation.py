@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from smalti.nn.norm import RMSNorm
+
 EPS = 1e-6
 
 
@@ -29,15 +31,20 @@ class Modulation(nn.Module):
     Args:
         width: D.
         sublayers: number of triples.
+        has_shift: False leaves out the shifts, which are zero then, and their third of the weights.
     """
 
-    def __init__(self, width: int, sublayers: int):
+    def __init__(self, width: int, sublayers: int, has_shift: bool = True):
         super().__init__()
-        self.sublayers = sublayers
-        self.linear = nn.Linear(width, 3 * sublayers * width)
+        self.sublayers, self.has_shift = sublayers, has_shift
+        self.linear = nn.Linear(width, (2 + has_shift) * sublayers * width)
 
     def forward(self, activated: Tensor) -> tuple[Triple, ...]:
-        return triples(self.linear(activated), self.sublayers)
+        vectors = self.linear(activated)
+        if self.has_shift:
+            return triples(vectors, self.sublayers)
+        parts, none = per_token(vectors).chunk(2 * self.sublayers, dim=-1), vectors.new_zeros(())
+        return tuple(Triple(none, *parts[2 * i : 2 * i + 2]) for i in range(self.sublayers))
 
 
 class ModulationTable(nn.Module):
@@ -70,15 +77,17 @@ class FinalNorm(nn.Module):
 
     Args:
         width: D.
+        is_rms: a learned RMS norm in place of a layer norm without weights.
     """
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, is_rms: bool = False):
         super().__init__()
+        self.norm = RMSNorm(width, EPS) if is_rms else None
         self.linear = nn.Linear(width, 2 * width)
 
     def forward(self, x: Tensor, activated: Tensor) -> Tensor:
         shift, scale = per_token(self.linear(activated)).chunk(2, dim=-1)
-        return modulated_norm(x, shift, scale)
+        return modulated_norm(x, shift, scale) if self.norm is None else modulate(self.norm(x), shift, scale)
 
 
 def triples(vectors: Tensor, sublayers: int) -> tuple[Triple, ...]:
@@ -94,7 +103,12 @@ def per_token(vector: Tensor) -> Tensor:
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = EPS) -> Tensor:
     """`layer_norm(x) * (1 + scale) + shift` for x (B, N, D)."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
+    return modulate(F.layer_norm(x, x.shape[-1:], eps=eps), shift, scale)
+
+
+def modulate(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """`normed * (1 + scale) + shift` for normed tokens (B, N, D)."""
+    return torch.addcmul(shift, normed, 1 + scale)
 
 
 def gated_add(x: Tensor, gate: Tensor, update: Tensor, factor: float = 1.0) -> Tensor:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from smalti.core.errors import UserError
 from smalti.nn.remember import remember
 
 
@@ -60,6 +61,17 @@ def grid_rope(
 ) -> Tensor:
     """`rope_factors` of `grid_labels`: (M + F*H*W, d/2, 2)."""
     return rope_factors(grid_labels(text_length, height, width, device, frames), axes_dims, theta)
+
+
+def plane_axes(head_dim: int) -> tuple[int, int, int]:
+    """Channels of (frame, row, column) for pictures: none for the frame, half of the head for each of the others.
+
+    Raises:
+        UserError: the head's channels are no multiple of 4.
+    """
+    if head_dim % 4:
+        raise UserError(f"heads of {head_dim} channels have no two halves of pairs; give head_dim a multiple of 4")
+    return (0, head_dim // 2, head_dim // 2)
 
 
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:

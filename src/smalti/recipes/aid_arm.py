@@ -92,6 +92,7 @@ def train_setup(setup: Setup, seed: int) -> dict[str, float]:
         trainer = Trainer(
             started.model, objective, data.train, config, Path(folder),
             held_out=data.held_out, losses=losses, factors=started.factors, on_sample=measure,
+            stops=setup.aids.stops(setup.steps),
         )  # fmt: skip
         report = trainer.fit()
     assert report.held_out_loss is not None

@@ -1,8 +1,10 @@
 """Training aids as switches of one training: each alone, or several together.
 
     teacher       hidden states are drawn to a frozen encoder's features (REPA, arXiv 2410.06940)
+    ends          the share of the steps after which that stops for good (HASTE, arXiv 2505.16792, section 4)
     mask          tokens are dropped behind a patch-mixer, until the last tenth (MicroDiT, arXiv 2407.15811)
     time          at which times the model trains (logit-normal: arXiv 2403.03206, section 3.1; LightningDiT)
+    is_lightning  RMS norms, SwiGLU and rotary positions in the blocks (LightningDiT, arXiv 2501.01423, section 4.2)
     optimizer     Muon on the matrices of the blocks, in place of AdamW
     tuned_width   rates tuned at this width and carried to the model's by muP (arXiv 2203.03466; for DiT 2505.15270)
 
@@ -16,6 +18,7 @@ from typing import Any, Literal
 from torch import nn
 
 from smalti.backbones.dit import DiT
+from smalti.backbones.lightning_dit import LightningDiT
 from smalti.backbones.mixed_dit import with_patch_mixer
 from smalti.core.errors import UserError, unknown_name
 from smalti.core.protocols import Objective
@@ -30,6 +33,7 @@ from smalti.training.kept_alignment import KeptAlignment
 from smalti.training.mup import MuP
 from smalti.training.optimizers import Factors
 from smalti.training.repa import REPA, REPASettings, TeacherPort
+from smalti.training.stopping import StopAt, StopRule
 
 TIMES: dict[str, Callable[[], TimeDistribution]] = {"uniform": Uniform, "logit-normal": LogitNormal}
 FEATURES = "teacher"
@@ -45,33 +49,44 @@ class Aids:
 
     Args:
         teacher: a name that `load_teacher` knows; empty = no alignment.
+        ends: share of the steps after which the alignment stops, in (0, 1]; 1 = never.
         mask: share of the tokens that are dropped, in [0, 1).
         time: uniform or logit-normal.
+        is_lightning: LightningDiT's blocks in place of DiT's.
         optimizer: adamw or muon.
         tuned_width: base width of muP; None = no muP.
 
     Raises:
-        UserError: a value is out of range.
+        UserError: a value is out of range, or two aids exclude each other.
     """
 
     teacher: str = ""
+    ends: float = 1.0
     mask: float = 0.0
     time: Literal["uniform", "logit-normal"] = "uniform"
+    is_lightning: bool = False
     optimizer: Literal["adamw", "muon"] = "adamw"
     tuned_width: int | None = None
 
     def __post_init__(self):
         if not 0 <= self.mask < 1:
             raise UserError(f"the share of dropped tokens is {self.mask}; choose one from 0, below 1")
+        if not 0 < self.ends <= 1:
+            raise UserError(f"alignment ends after {self.ends} of the steps; choose a share above 0, up to 1")
+        if self.mask and self.is_lightning:
+            raise UserError("rotary positions stand for all tokens, and a mask drops some; choose one of the two")
         for kind, value, known in (("times", self.time, TIMES), ("optimizer", self.optimizer, OPTIMIZERS)):
             if value not in known:
                 raise unknown_name(kind, value, known)
 
     def __or__(self, other: "Aids") -> "Aids":
         """Those of both; where both say something, the other's."""
-        plain = Aids()
-        said = {one.name: getattr(other, one.name) for one in fields(other)}
-        return replace(self, **{name: value for name, value in said.items() if value != getattr(plain, name)})
+        return replace(self, **other.said)
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """The fields that differ from a plain training's."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if getattr(self, one.name) != one.default}
 
     def objective(self, steps: int, patch_size: int = 1) -> Objective:
         """Flow matching for so many steps, of a denoiser with patches of this size."""
@@ -86,8 +101,9 @@ class Aids:
         """A fresh denoiser of one patch a token, of this width and depth (with the mixer's block), and its rates."""
 
         def build(width: int) -> nn.Module:
-            def dit(depth: int) -> DiT:
-                return DiT(depth=depth, heads=width // HEAD, head_dim=HEAD, **shape)
+            def dit(depth: int) -> nn.Module:
+                kind = LightningDiT if self.is_lightning else DiT
+                return kind(depth=depth, heads=width // HEAD, head_dim=HEAD, **shape)
 
             return with_patch_mixer(dit(depth - 1), 1, width, HEAD) if self.mask else dit(depth)
 
@@ -104,6 +120,10 @@ class Aids:
         settings = REPASettings(max(1, depth // 3), hidden=4 * width)
         return [KeptAlignment(REPA(width, [TeacherPort(FEATURES, features)], settings), [FEATURES])]
 
+    def stops(self, steps: int) -> list[StopRule]:
+        """Rules by which terms end in a training of so many steps."""
+        return [StopAt((REPA.name,), round(self.ends * steps))] if self.teacher and self.ends < 1 else []
+
 
 @dataclass(frozen=True)
 class Started:
@@ -115,7 +135,9 @@ class Started:
 
 AIDS = {
     "repa": Aids(teacher="vit-caption"),
+    "repa, ended early": Aids(teacher="vit-caption", ends=0.3),
     "microdit": Aids(mask=0.5),
+    "lightningdit": Aids(is_lightning=True),
     "logit-normal": Aids(time="logit-normal"),
     "muon": Aids(optimizer="muon"),
     "mup": Aids(tuned_width=32),

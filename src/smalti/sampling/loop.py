@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -124,7 +125,7 @@ class _Watched:
     def __call__(self, x: Tensor, t: float) -> Tensor:
         velocity = self.denoiser(x, t)
         if self.denoised is None:
-            self.denoised = denoised_from_velocity(x, velocity, x.new_tensor(t))
+            self.denoised = denoised_from_velocity(x, velocity, torch.as_tensor(t, dtype=x.dtype, device=x.device))
         return velocity
 
 

@@ -151,6 +151,7 @@ class TextToImagePipeline(DiffusionPipeline, Mochi1LoraLoaderMixin):
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_channels: int | None = None,
         height: int | None = None,
         width: int | None = None,
         num_images_per_prompt: int = 1,
@@ -170,6 +171,7 @@ class TextToImagePipeline(DiffusionPipeline, Mochi1LoraLoaderMixin):
             num_inference_steps: sampling steps; None = the model's default.
             guidance_scale: scale of classifier-free guidance, 1 = off; None = the model's default.
             guidance_interval: (low, high), the times within [0, 1] at which guidance acts.
+            guidance_channels: first channels of the latents on which it acts; None = all.
             height, width: in pixels, multiples of factor * patch; None = the default size.
             num_images_per_prompt: pictures of each prompt.
             generator: one, or one for each picture, on the CPU; None = torch's default one.
@@ -196,7 +198,7 @@ class TextToImagePipeline(DiffusionPipeline, Mochi1LoraLoaderMixin):
         else:
             assert self.text is not None
             conditions = text_conditions(request, self.text, self.config["styles"], self.num_labels)
-        guidance = self._guidance(guidance_scale, guidance_interval, conditions)
+        guidance = self._guidance(guidance_scale, guidance_interval, guidance_channels, conditions)
         generator = _check_generators(generator, len(request.prompts))
         device = self._execution_device
         self._interrupt = False
@@ -238,14 +240,17 @@ class TextToImagePipeline(DiffusionPipeline, Mochi1LoraLoaderMixin):
         base = (self.config["size"] // self.autoencoder.config["factor"]) ** 2
         return shift_for_tokens(grid[0] * grid[1], base, self.config["default_shift"])
 
-    def _guidance(self, scale: float | None, interval: tuple[float, float], conditions: Conditions) -> Guidance:
+    def _guidance(
+        self, scale: float | None, interval: tuple[float, float], channels: int | None, conditions: Conditions
+    ) -> Guidance:
         if conditions.uncond is None:
             if scale not in (None, 1):
                 raise UserError(
                     f"got a guidance of {scale}, but this model takes no condition to guide by; leave it out"
                 )
             scale = 1.0
-        return Guidance(self.config["default_guidance"] if scale is None else float(scale), interval)
+        default = self.config["default_guidance"]
+        return Guidance(default if scale is None else float(scale), interval, channels=channels)
 
     def _noise(self, latents: Tensor | None, shape: tuple[int, ...], generator: Generators) -> Tensor:
         if latents is None:

@@ -2,8 +2,8 @@
 
 ODE: `dx/dt = velocity(x, t)`. SDE with the same marginals: `dx = (v -+ w/2 score) dt + sqrt(w) dW` towards data (minus)
 or noise (plus), here with `w(t) = strength * t`, for which `w * score = -strength * noise_estimate` is finite
-everywhere. Sources: Euler and Heun (any textbook; EDM, arXiv 2206.00364, algorithm 1 leaves out the correction at
-t = 0 likewise); SDE: SiT (arXiv 2401.08740), section 2.2, with the last step to data taken without noise.
+everywhere. Sources: Euler, Heun and midpoint (any textbook; EDM, arXiv 2206.00364, algorithm 1 leaves out the
+correction at t = 0 likewise); SDE: SiT (arXiv 2401.08740), section 2.2, with the last step to data taken without noise.
 
 A solver is a frozen dataclass; what it must remember lives in `SolverState`, so a run may stop and go on anywhere.
 The denoiser is called as `denoiser(x, t)` with t a float (see `guidance.bind`). States are float32.
@@ -66,6 +66,26 @@ class Heun:
             return SolverState(x)
         second = _velocity(denoiser, x, s)
         return SolverState(state.x + (s - t) * (first + second) / 2)
+
+
+@dataclass(frozen=True)
+class Midpoint:
+    """Second order, two calls a step: the slope half way."""
+
+    order: ClassVar[int] = 2
+
+    @property
+    def needs_noise(self) -> bool:
+        """Never: the path is deterministic."""
+        return False
+
+    def step(
+        self, state: SolverState, denoiser: BoundDenoiser, t: float, s: float, noise: Tensor | None = None
+    ) -> SolverState:
+        """The state at time s from the state at time t."""
+        half = (s - t) / 2
+        middle = state.x + half * _velocity(denoiser, state.x, t)
+        return SolverState(state.x + (s - t) * _velocity(denoiser, middle, t + half))
 
 
 @dataclass(frozen=True)

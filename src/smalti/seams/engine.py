@@ -109,15 +109,19 @@ class MethodFrame(Frame):
     def run(self, forward: Forward, args: tuple, kwargs: dict) -> Any:
         """The model call, through all step methods and the one that chooses tokens."""
 
-        def plain() -> Outputs:
+        def plain(sample: Any = None) -> Outputs:
+            def given(one: Any) -> Any:
+                return sample if sample is not None and one is self.sample else one
+
             for counted in (self.occurrences, self.core_calls, self.decisions):
                 counted.clear()  # a step method may run the model again: its sites are the same
             with entered(self):
-                leaves, spec = pytree.tree_flatten(forward(*args, **kwargs))
+                output = forward(*map(given, args), **{name: given(one) for name, one in kwargs.items()})
+            leaves, spec = pytree.tree_flatten(output)
             self.shapes[self.model] = Shape(spec, ())
             return tuple(leaves)
 
-        call = plain
+        call: Callable[..., Outputs] = plain
         for one in self.tokens:
             call = partial(self._tokens, one, call)
         for one in reversed(self.steps):
@@ -128,21 +132,27 @@ class MethodFrame(Frame):
         """For a part of this call that is computed once more, by gradient checkpointing; nothing is watched then."""
         return MethodFrame(self.model, self.acting, self.moment, self.layouts, {})
 
-    def _step(self, one: Acting, run: Callable[[], Outputs]) -> Outputs:
+    def _step(self, one: Acting, run: Callable[..., Outputs], sample: Any = None) -> Outputs:
         assert isinstance(one.method, StepMethod)
-        return one.method.at_step(one.state, StepCall(self.moment, run, self._note(one)))
+        sample = self.sample if sample is None else sample
 
-    def _tokens(self, one: Acting, run: Callable[[], Outputs]) -> Outputs:
+        def run_on(other: Any = None) -> Outputs:
+            return run(sample if other is None else other)
+
+        return one.method.at_step(one.state, StepCall(self.moment, sample, run_on, self._note(one)))
+
+    def _tokens(self, one: Acting, run: Callable[..., Outputs], sample: Any = None) -> Outputs:
         assert isinstance(one.method, TokensMethod)
         assert self.layouts is not None
-        tokens, outputs = read_image_tokens(type(self.model).__name__, self.layouts, self.sample), []
+        sample = self.sample if sample is None else sample
+        tokens, outputs = read_image_tokens(type(self.model).__name__, self.layouts, sample), []
 
         def run_rows(active: Tensor | None, memory: TokenMemory | None) -> Tensor:
-            outputs[:] = self._run_rows(run, tokens, active, memory)
+            outputs[:] = self._run_rows(partial(run, sample), tokens, active, memory)
             return tokens.prediction(outputs)
 
         call = TokensCall(
-            self.moment, stacked(self.sample), tokens.count, run_rows, tokens.places.to_tokens,
+            self.moment, stacked(sample), tokens.count, run_rows, tokens.places.to_tokens,
             tokens.places.from_tokens, self._note(one),
         )  # fmt: skip
         return tokens.with_prediction(outputs, one.method.at_tokens(one.state, call))

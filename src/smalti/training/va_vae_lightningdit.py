@@ -9,6 +9,10 @@ Their sum counts with `weight` times the adaptive weight that every term on late
 let go of pairs that are near enough, so that a last phase regains reconstruction. `projects` "features" turns the
 projection round, onto the latents' channels.
 
+The paper trains in three phases: aligned strongly, then weakly, then weakly with margins; `paper_phases` gives them for
+any number of steps. One training goes through all of them: weights, critic, projection and moments stay. The last
+phase lowers the alignment on purpose, so it is judged by reconstruction.
+
 Source: Reconstruction vs. Generation (arXiv 2501.01423), section 3.2, equations 1 to 6.
 """
 
@@ -56,6 +60,23 @@ class VFSettings:
             raise UserError(f"got {self}; the weight is at least 0, and margins are from 0 to 2")
 
 
+EPOCHS = (100, 15, 15)
+"""Lengths of the paper's phases."""
+
+
+def paper_phases(steps: int) -> dict[int, VFSettings]:
+    """The paper's phases by their first step: weight 0.5, then 0.1, then 0.1 with margins 0.5 and 0.25.
+
+    Args:
+        steps: of the whole training, shared out as 100, 15 and 15 epochs; at least 26.
+    """
+    if steps < sum(EPOCHS) // 5:
+        raise UserError(f"{steps} steps are too few for phases of {EPOCHS}; take at least {sum(EPOCHS) // 5}")
+    starts = [0, steps * EPOCHS[0] // sum(EPOCHS), steps * (EPOCHS[0] + EPOCHS[1]) // sum(EPOCHS)]
+    kinds = (VFSettings(0.5), VFSettings(0.1), VFSettings(0.1, cos_margin=0.5, distance_margin=0.25))
+    return dict(zip(starts, kinds, strict=True))
+
+
 class VFLoss(LatentTerm):
     """The term.
 
@@ -63,6 +84,10 @@ class VFLoss(LatentTerm):
         channels: C of the latents.
         dim: Dz of the teacher's features (B, T, Dz), whose grid is square.
         settings: weight and margins.
+        later: those from later steps on, by step; only weight and margins may differ.
+
+    Raises:
+        UserError: a later phase begins at step 0 or changes something else.
 
     Example:
         >>> term = VFLoss(16, 192, VFSettings(weight=0.1))
@@ -71,19 +96,31 @@ class VFLoss(LatentTerm):
 
     name = "vf"
 
-    def __init__(self, channels: int, dim: int, settings: VFSettings | None = None):
+    def __init__(
+        self, channels: int, dim: int, settings: VFSettings | None = None,
+        later: Mapping[int, VFSettings] | None = None,
+    ):  # fmt: skip
         super().__init__()
         self.chosen = settings or VFSettings()
+        self.phases = {0: self.chosen, **dict(sorted((later or {}).items()))}
+        for start, phase in (later or {}).items():
+            if start < 1 or (phase.projects, phase.features) != (self.chosen.projects, self.chosen.features):
+                raise UserError(f"a phase from step {start} with {phase} cannot follow; it begins later, same features")
         widths = (channels, dim) if self.chosen.projects == "latents" else (dim, channels)
         self.project = nn.Linear(*widths, bias=False)
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        return asdict(self.chosen)
+        first = asdict(self.phases[0])
+        later = {str(start): asdict(phase) for start, phase in self.phases.items() if start}
+        return {**first, "later": later} if later else first
 
     @property
     def weight(self) -> float:
         return self.chosen.weight
+
+    def at(self, step: int) -> None:
+        self.chosen = self.phases[max(start for start in self.phases if start <= step)]
 
     def forward(self, latents: Tensor, cond: Cond) -> Tensor:
         if self.chosen.features not in cond.extra:
