@@ -99,6 +99,7 @@ def small(ctx) -> Verdict:
             for name, some in (*arms.figures.items(), *controls.figures.items())
         },
         notes=f"DiT {DEPTH} x {WIDTH}, 64 tokens, block {EARLY_BLOCK} follows {LATE_BLOCK} from step {START} on",
+        tried=("seed 100, 200 steps: FD ours 1635, plain 1649; probe 0.533 beside 0.536; held-out loss 0.873, 0.869",),
     )  # fmt: skip
 
 
