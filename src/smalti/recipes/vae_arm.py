@@ -161,4 +161,6 @@ def train_on(model: ConvAutoencoder, rung: Rung, steps: int, seed: int) -> Train
         steps=steps, batch=32, learning_rate=2e-3, warmup=min(50, steps), decay="linear-cooldown", ema=0.99, seed=seed,
         betas=(0.9, 0.95), eval_every=steps, eval_samples=698, save_every=10**6,
     )  # fmt: skip
-    return train_emoji_arm(rung.model(model.latent_channels), config, objective=rung.objective(), shared=stock_of(model))
+    return train_emoji_arm(
+        rung.model(model.latent_channels), config, objective=rung.objective(), shared=stock_of(model)
+    )
