@@ -54,3 +54,11 @@ def test_features_that_are_not_cached_are_named():
     _, kept = terms()
     with pytest.raises(UserError, match="'teacher'"):
         kept(call(torch.randn(2, 2, 4), None, {"keep": KEEP}))
+
+
+def test_what_is_said_to_it_is_said_to_the_term():
+    term = REPA(4, [TeacherPort("teacher", 6, torch.nn.Linear(3, 6))], REPASettings(1, hidden=8))
+    kept = KeptAlignment(term)
+    kept.release()
+    assert term.ports[0].teacher is None
+    assert kept.attentions == term.attentions

@@ -47,6 +47,8 @@ class AlignmentCall:
         t: its times.
         cond: conditioning, with teacher features or pixels in `extra`.
         state: step, averaged model.
+        x0: the data that x was made of (B, ...); None outside of an objective.
+        generator: one a sample, of which the objective has drawn already.
     """
 
     taken: Taken
@@ -54,6 +56,8 @@ class AlignmentCall:
     t: Tensor
     cond: Cond
     state: TrainState
+    x0: Tensor | None = None
+    generator: Generators = ()
 
 
 class Alignment(nn.Module, ABC):
@@ -70,6 +74,12 @@ class Alignment(nn.Module, ABC):
     def attentions(self) -> tuple[int, ...]:
         """Blocks whose attention it reads."""
         return ()
+
+    def open(self, denoiser: nn.Module) -> None:
+        """Puts its own hooks on the denoiser, if it has any, as taps are put on."""
+
+    def close(self) -> None:
+        """Takes them off, as taps come off."""
 
     def release(self) -> None:
         """Lets go of teachers and the like, because it is never called again."""
@@ -98,7 +108,7 @@ class AlignedModel(nn.Module):
 
     Args:
         denoiser: any transformer that `seams.anatomy` reads.
-        terms: computed at every call; `state` is what they may know of the training.
+        terms: computed at every call; `state`, `x0` and `generator` are what they may know of the training.
     """
 
     def __init__(self, denoiser: nn.Module, terms: Sequence[Alignment]):
@@ -106,6 +116,8 @@ class AlignedModel(nn.Module):
         self.denoiser = denoiser
         self.terms = nn.ModuleList(terms)
         self.state = TrainState()
+        self.x0: Tensor | None = None
+        self.generator: Generators = ()
         self.running: list[Alignment] = list(terms)
         self._taps: Taps | None = None
 
@@ -134,7 +146,7 @@ class AlignedModel(nn.Module):
             self._open()  # type: ignore[reportCallIssue]  # what disables compilation is typed as a decorator
         velocity = self.denoiser(x, t, cond)
         assert self._taps is not None
-        call = AlignmentCall(self._taps.taken, x, t, cond, self.state)
+        call = AlignmentCall(self._taps.taken, x, t, cond, self.state, self.x0, self.generator)
         found = {term.name: term(call) for term in self.running}
         results = {name: one for name, one in found.items() if one is not None}
         metrics = {name: torch.as_tensor(value) for one in results.values() for name, value in one.metrics.items()}
@@ -144,12 +156,17 @@ class AlignedModel(nn.Module):
     def _open(self) -> None:
         depths = [depth for term in self.running for depth in term.depths]
         self._taps = Taps(self.denoiser, depths, [depth for term in self.running for depth in term.attentions])
+        for term in self.running:
+            term.open(self.denoiser)
 
     def close(self) -> None:
-        """Takes the taps off the denoiser; the next call puts them on again."""
+        """Takes taps and hooks off the denoiser; the next call puts them on again."""
         if self._taps is not None:
             self._taps.remove()
             self._taps = None
+            for term in self.terms:
+                assert isinstance(term, Alignment)
+                term.close()
 
 
 @dataclass(frozen=True)
@@ -168,7 +185,7 @@ class AlignedObjective:
 
     def loss(self, denoiser: Denoiser, batch: Batch, state: TrainState, generator: Generators) -> LossResult:
         """The objective's loss plus all terms, which are logged one by one."""
-        self.model.state = state
+        self.model.state, self.model.x0, self.model.generator = state, batch.x0, generator
         outputs: list[AlignedOutput] = []
 
         def velocity(x: Tensor, t: Tensor, cond: Cond) -> Tensor:

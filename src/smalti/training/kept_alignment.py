@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from torch import nn
+
 from smalti.core.errors import UserError
 from smalti.core.protocols import LossResult
 from smalti.ops.token_masks import KEEP
@@ -39,12 +41,18 @@ class KeptAlignment(Alignment):
     def attentions(self) -> tuple[int, ...]:
         return self.term.attentions
 
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        return self.term.settings
+    def open(self, denoiser: nn.Module) -> None:
+        self.term.open(denoiser)
+
+    def close(self) -> None:
+        self.term.close()
 
     def release(self) -> None:
         self.term.release()
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return self.term.settings
 
     def forward(self, call: AlignmentCall) -> LossResult | None:
         """The term at the kept places, or at all of them after a block that comes before the drop.

@@ -5,7 +5,7 @@ a figure of the step, averaged over all processes, so that they stop together. W
 checkpoints: a resumed run neither starts a stopped loss again nor counts anew.
 
 Source: HASTE (arXiv 2505.16792), section 4: one-shot termination at a fixed step, motivated by the angle between the
-gradients of objective and alignment. The rules on that angle and on a plateau are ours.
+gradients of objective and alignment. The rules on that angle, a plateau and a collapse are ours.
 """
 
 import math
@@ -138,6 +138,34 @@ class StopOnPlateau(StopRule):
         memory["stale"] = 0 if has_fallen else memory.get("stale", 0) + 1
         memory["best"] = mean if has_fallen else memory["best"]
         return memory["stale"] >= self.checks
+
+
+@dataclass(frozen=True)
+class StopOnCollapse(StopRule):
+    """When a figure has fallen to a small part of what it was at the first look, as features do that become all alike.
+
+    Args:
+        losses: names.
+        figure: its name, such as "teacher deviation" of SRA.
+        share: of its first value.
+        every: steps between looks.
+    """
+
+    losses: tuple[str, ...]
+    figure: str
+    share: float = 0.1
+    every: int = 50
+
+    def __post_init__(self):
+        if not 0 < self.share < 1 or self.every < 1:
+            raise UserError(f"got {self}; share is above 0 and below 1, every at least 1")
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        return (self.figure,)
+
+    def judge(self, memory: dict[str, Any], step: int, figure: float) -> bool:
+        return figure < self.share * memory.setdefault("first", figure)
 
 
 class Stopping:

@@ -32,7 +32,7 @@ from smalti.training.optimizers import Factors, Optimizers
 from smalti.training.processes import make_accelerator
 from smalti.training.progress import Journal
 from smalti.training.run_state import RunState, copy_weights, identity
-from smalti.training.sharding import gather, shard
+from smalti.training.sharding import gather, put_away, shard
 from smalti.training.stopping import Stopping, StopRule
 from smalti.training.train_step import Outcome, TrainStep, autocast_call
 
@@ -275,6 +275,7 @@ class Trainer:
         state = TrainState(self.state.step, averaged)
         rank, processes = accelerator.process_index, accelerator.num_processes
         total = self.held_out.loss(self.objective, denoise, state, accelerator.device, rank, processes)
+        put_away(averaged)
         loss, count = accelerator.reduce(total, reduction="sum").tolist()  # type: ignore[union-attr]
         self.model.train()  # without an average, it was the model itself that was evaluated
         return loss / count
