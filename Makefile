@@ -38,6 +38,7 @@ docs: .venv/dev
 	$(BIN)/python docs/update_anatomy.py
 	$(BIN)/python docs/update_peers.py
 	$(BIN)/python docs/update_accelerators.py
+	$(BIN)/python docs/update_recipes.py
 	$(BIN)/python docs/update_readme.py
 
 picture: .venv/core

@@ -90,7 +90,7 @@ def _figures(
     pipe.register_modules(transformer=then.plain(then.model).eval())
     distances["quarter"] = _distance(pipe, pictures, settings.drawn)
     card = model_card(str(out / "model"))
-    last = [line["loss"] for line in lines if "loss" in line][-10:]
+    last = [line.get("objective", line["loss"]) for line in lines if "loss" in line][-10:]
     return {
         "seconds": seconds,
         "share of the budget": seconds / budget,

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -110,6 +111,29 @@ def test_a_change_that_draws_the_same_is_no_better_however_fast_it_looked(pipe, 
     assert search.climb(start, 2.0).way == nearer
 
 
+def test_a_nearer_way_that_was_timed_a_little_too_slow_is_timed_again(pipe, monkeypatch):
+    pipe.set_progress_bar_config(disable=True)
+    bench = Bench(pipe, [{**call, "seed": 0} for call in PROMPTS], Way(steps=12))
+    start = Trial(Way((TaylorSeer(full_at=(0, 2, 5, 9)),), 12), 2.1, 0.1)
+    nearer = Way((TaylorSeer(full_at=(0, 1, 5, 9)),), 12)
+    for true, found in ((2.05, nearer), (1.97, start.way)):
+        search = Search(bench, math.inf, None, False)
+        monkeypatch.setattr(search, "look", lambda way, count: Trial(way, 1.96, 0.05 if way == nearer else 0.1))
+        monkeypatch.setattr(search, "timed_again", lambda one, count, true=true: replace(one, speedup=true))
+        assert search.climb(start, 2.0).way == found
+
+
+def test_timing_again_is_remembered(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    bench, way = Bench(pipe, [{**call, "seed": 0} for call in PROMPTS], Way(steps=4)), Way(steps=2)
+    first = bench.measure(way, 2)
+    again = Search(bench, math.inf, None, False).timed_again(replace(first, speedup=9.0), 2)
+    assert 1 < again.speedup < 4
+    assert (again.distance, bench.measure(way, 2)) == (first.distance, again)
+    late = Search(bench, -math.inf, None, False).timed_again(replace(first, speedup=9.0), 2)
+    assert late.speedup == 9.0
+
+
 def test_for_a_distance_the_fastest_way_that_is_near_enough_is_taken(pipe, monkeypatch):
     pipe.set_progress_bar_config(disable=True)
     search = Search(Bench(pipe, [{**call, "seed": 0} for call in PROMPTS], Way(steps=12)), math.inf, None, False)
@@ -122,6 +146,7 @@ def test_for_a_distance_the_fastest_way_that_is_near_enough_is_taken(pipe, monke
         return found
 
     monkeypatch.setattr(search, "look", look)
+    monkeypatch.setattr(search, "timed_again", lambda trial, count: trial)
     found = search.fastest(30.0)
     assert 30 <= found.psnr < 35
     assert search.fastest(49.0).speedup == 1.0  # nothing is near enough: the nearest

@@ -77,7 +77,7 @@ def test_learns_to_turn_a_text_round(order):
     torch.manual_seed(0)
     model = Translator(shape(width=32, depth=1, order=order))
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-    for _ in range(250):
+    for _ in range(400):
         source, mask = texts(32, 4)
         target = torch.cat([torch.full((32, 1), START), source.flip(1), torch.full((32, 1), END)], 1)
         logits = model(source, mask, target[:, :-1], torch.ones(32, 5, dtype=torch.bool))

@@ -7,6 +7,10 @@ from diffusers import QwenImageTransformer2DModel, ZImageTransformer2DModel
 from family import TEXT, Family, draw
 
 from smalti.backbones.dit import DiT
+from smalti.backbones.dit_dh import DiTDH
+from smalti.backbones.lightning_dit import LightningDiT
+from smalti.backbones.microdit import MicroDiT
+from smalti.backbones.mixed_dit import MixedDiT
 from smalti.backbones.mmdit import MMDiT
 from smalti.core.protocols import Cond
 
@@ -38,6 +42,11 @@ def dit(seed, batch, grid):
     return {**arguments, "cond": Cond(pooled=draw(batch, 10, seed=seed + 2), label=torch.arange(batch) % 3)}
 
 
+def labelled(seed, batch, grid):
+    arguments = mmdit(seed, batch, grid)
+    return {**arguments, "cond": Cond(label=torch.arange(batch) % 3)}
+
+
 def text_dit(seed, batch, grid):
     arguments = mmdit(seed, batch, grid)
     return {**arguments, "cond": replace(arguments["cond"], label=torch.arange(batch) % 3)}
@@ -65,5 +74,9 @@ FAMILIES = {
     ),
     "mmdit": Family(MMDiT.tiny, mmdit, sample="x", time="t", scale=1),
     "our-dit": Family(DiT.tiny, dit, sample="x", time="t", scale=1),
+    "our-lightning-dit": Family(LightningDiT.tiny, labelled, sample="x", time="t", scale=1, is_kin=True),
+    "our-dit-dh": Family(DiTDH.tiny_patches, labelled, sample="x", time="t", scale=1, is_kin=True),
     "our-text-dit": Family(DiT.tiny_text, text_dit, sample="x", time="t", scale=1),
+    "our-mixed-dit": Family(MixedDiT.tiny, text_dit, sample="x", time="t", scale=1, is_kin=True),
+    "our-microdit": Family(MicroDiT.tiny, text_dit, sample="x", time="t", scale=1, is_kin=True),
 }  # fmt: skip

@@ -3,7 +3,15 @@ import torch
 
 from smalti.core.errors import UserError
 from smalti.core.seeds import generators_for
-from smalti.objectives.time_sampling import LogitNormal, Shifted, Uniform, sample_times, shift_time
+from smalti.objectives.time_sampling import (
+    LogitNormal,
+    Shifted,
+    Uniform,
+    dimension_shift,
+    sample_times,
+    shift_time,
+)
+from smalti.sampling.shift import uniform_schedule
 
 
 def draw(distribution, count=4000, strata=1):
@@ -68,3 +76,18 @@ def test_times_stay_inside_the_open_interval():
 def test_bad_parameters_are_refused(make):
     with pytest.raises(UserError):
         make()
+
+
+def test_the_shift_for_many_numbers_is_the_papers_and_never_below_one():
+    assert dimension_shift((768, 16, 16)) == pytest.approx(6.93, abs=0.01)
+    assert dimension_shift((192, 8, 8)) == pytest.approx(1.732, abs=1e-3)
+    assert dimension_shift((4, 32, 32)) == 1.0
+    assert dimension_shift((16, 8, 8)) == 1.0
+
+
+def test_the_shift_for_many_numbers_moves_training_and_sampling_towards_noise_alike():
+    shift = dimension_shift((768, 16, 16))
+    trained = sample_times(Shifted(Uniform(), shift), generators_for(range(400)), torch.arange(400), strata=400)
+    assert trained.mean() > 0.7  # 1 is noise
+    grid = torch.tensor(uniform_schedule(400, shift)[1:-1])
+    torch.testing.assert_close(grid.flip(0), trained.sort().values[1:], atol=0.02, rtol=0.0)

@@ -80,6 +80,25 @@ def test_captions_of_mixed_shapes(make_pictures, tiny_autoencoder, tmp_path, cap
     draw(Request(("a disc",), str(tmp_path / "run"), tmp_path / "a.png", steps=2, size="48x80"))
 
 
+@pytest.mark.parametrize("kind", ["text", "other"])
+def test_a_teacher_of_pictures_of_several_shapes(make_pictures, tiny_autoencoder, tmp_path, kind):
+    data = make_pictures(tmp_path / "data", 8, sizes=((64, 64), (60, 100)))
+    if kind == "text":
+        caption(data)
+    asked = recipe(data, tiny_autoencoder, kind, shift=2, teacher="vit-self")
+    model = train(asked, tmp_path / "run")
+    lines = [line for line in read_log(tmp_path / "run" / "transformer" / "log.jsonl") if "loss" in line]
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["objective"] - 0.5 * line["alignment cosine"], rel=1e-4)
+    card = model_card(model)
+    assert card["settings"]["teacher"] == "vit-self"
+    assert card["objective"] == lines[-1]["objective"]
+    names = weights(model)["transformer"]
+    assert not any("projector" in name for name in names)
+    with pytest.raises(UserError, match="vit-caption"):
+        train(replace(asked, teacher="vit-captoin"), tmp_path / "other")
+
+
 def test_labels(make_pictures, tiny_autoencoder, tmp_path):
     for start, label in enumerate(("round one", "other")):
         make_pictures(tmp_path / "data" / label, 4, start=10 * start)

@@ -25,11 +25,15 @@ def small(digits, monkeypatch):
     monkeypatch.setattr(recipe, "TRAINING", dataclasses.replace(recipe.TRAINING, steps=40, warmup=0, batch=32))
     monkeypatch.setattr(digit_metrics, "EPOCHS", 5)
     monkeypatch.setattr(digit_segmenter, "EPOCHS", 5)
+    for module in (digit_metrics, digit_segmenter):
+        monkeypatch.setattr(module, "SEED", 5)  # other files of the same cache
     for one in CACHED:
         one.cache_clear()
     yield
     for one in CACHED:
         one.cache_clear()
+    for path in (digits / "prepared").glob("digit-*-5.safetensors"):
+        path.unlink()
 
 
 def config(steps=4):
@@ -71,6 +75,8 @@ def test_an_arm_learns_and_draws(small, objective):
 
 def test_all_figures_of_the_claim_are_measured(small, monkeypatch):
     monkeypatch.setattr("smalti.recipes.latent_figures.FINE", 4)
+    monkeypatch.setattr("smalti.recipes.latent_figures.COMPARED", 12)
+    monkeypatch.setattr("smalti.recipes.latent_figures.GUIDED", 20)
     monkeypatch.setattr("smalti.recipes.latent_figures.TOLERANCES", ("1e-1", "1e-2"))
     monkeypatch.setattr("smalti.recipes.latent_figures.VGG16.pretrained", lambda: None)
     monkeypatch.setattr("smalti.recipes.latent_tasks.inpainting.__defaults__", (8, None))

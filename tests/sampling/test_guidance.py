@@ -3,7 +3,7 @@ import torch
 
 from smalti.core.errors import UserError
 from smalti.core.protocols import Cond
-from smalti.sampling.guidance import Guidance, bind
+from smalti.sampling.guidance import Autoguidance, Guidance, bind
 
 
 class Labelled:
@@ -74,3 +74,54 @@ def test_guidance_on_some_channels_leaves_the_others_to_the_condition():
     assert torch.equal(bind(Labelled(), COND, UNCOND, Guidance(3.0, channels=4))(X, 0.5), whole)
     with pytest.raises(UserError, match="at least 1"):
         Guidance(2.0, channels=0)
+
+
+class Constant:
+    """A denoiser of one velocity for all channels but the last, which has another; it notes its calls."""
+
+    def __init__(self, value):
+        self.value, self.calls = value, 0
+
+    def __call__(self, x, t, cond):
+        self.calls += 1
+        return torch.cat([torch.full_like(x[:, :-1], self.value), torch.full_like(x[:, -1:], 2 * self.value)], 1)
+
+
+def test_autoguidance_is_the_weak_one_plus_the_scaled_difference_in_all_channels():
+    strong, weak = Constant(3.0), Constant(1.0)
+    x = torch.zeros(2, 6, 2, 2)
+    out = Autoguidance(weak, 1.42).around(strong)(x, torch.tensor([0.2, 0.9]), Cond())
+    torch.testing.assert_close(out[:, :-1], torch.full_like(out[:, :-1], 1 + 1.42 * 2))
+    torch.testing.assert_close(out[:, -1:], torch.full_like(out[:, -1:], 2 + 1.42 * 4))
+    assert torch.equal(
+        Autoguidance(weak, 1.0).around(strong)(x, torch.ones(2), Cond()), strong(x, torch.ones(2), Cond())
+    )
+    assert weak.calls == 1
+
+
+def test_autoguidance_acts_within_its_interval_sample_by_sample_and_the_weak_one_rests_outside():
+    strong, weak = Constant(3.0), Constant(1.0)
+    guided = Autoguidance(weak, 2.0, (0.3, 0.6)).around(strong)
+    x = torch.zeros(2, 2)
+    out = guided(x, torch.tensor([0.5, 0.9]), Cond())
+    assert out[:, 0].tolist() == [5.0, 3.0]
+    guided(x, torch.tensor([0.1, 0.9]), Cond())
+    assert weak.calls == 1
+    with pytest.raises(UserError, match="scale"):
+        Autoguidance(weak, float("nan"))
+
+
+def test_autoguidance_and_guidance_by_conditions_add_up():
+    strong = Autoguidance(Constant(0.0), 2.0).around(Labelled())
+    velocity = bind(strong, COND, UNCOND, Guidance(2.5))(X, 0.5)
+    assert velocity[:, 0].tolist() == [2 * 0.5 * (1 + 2.5 * 2), 2 * 0.5 * (1 + 2.5 * 4)]
+
+
+def test_guidance_acts_on_all_channels():
+    class Branch:
+        def __call__(self, x, t, cond):
+            return cond.label[:, None, None, None].float() * torch.arange(1, 7.0).view(1, 6, 1, 1).expand_as(x)
+
+    x = torch.zeros(2, 6, 2, 2)
+    out = bind(Branch(), COND, UNCOND, Guidance(2.0))(x, 0.5)
+    torch.testing.assert_close(out[0, :, 0, 0], (1 + 2 * 2) * torch.arange(1, 7.0))

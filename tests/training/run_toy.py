@@ -13,8 +13,11 @@ from smalti.backbones.dit import DiT
 from smalti.core.errors import UserError
 from smalti.core.protocols import Cond
 from smalti.objectives.flow_matching import FlowMatching
+from smalti.training.alignment import Alignment
 from smalti.training.config import TrainConfig
 from smalti.training.repa import REPA, REPASettings, TeacherPort
+from smalti.training.sra import SelfAlignment, SRASettings
+from smalti.training.stopping import StopAt, StopOnConflict
 from smalti.training.trainer import Trainer, TrainReport
 
 torch.set_num_threads(1)
@@ -24,7 +27,7 @@ def train(out: Path, **settings) -> TrainReport:
     """Trains or resumes; settings of model and source are taken out, the rest makes the `TrainConfig`."""
     model = {key: settings.pop(key) for key in ("dropout", "width", "unused") if key in settings}
     source = {key: settings.pop(key) for key in ("broken", "delay", "count") if key in settings}
-    until = settings.pop("aligned_until", None)
+    until, is_own = settings.pop("aligned_until", None), settings.pop("is_own", False)
     torch.manual_seed(0)
     config = TrainConfig(**{"steps": 50, "batch": 16, "log_every": 1, **settings})
     if until is None:
@@ -33,8 +36,11 @@ def train(out: Path, **settings) -> TrainReport:
             ToyDenoiser(**model), FlowMatching(), ToySource(**source), config, out, held_out=held_out, on_sample=sample
         )
     else:
-        term = REPA(16, [TeacherPort("teacher", DIM)], REPASettings(depth=1, hidden=16, until=until))
-        trainer = Trainer(DiT.tiny(), FlowMatching(), PlanesSource(), config, out, losses=[term])
+        term: Alignment = REPA(16, [TeacherPort("teacher", DIM)], REPASettings(depth=1, hidden=16))
+        if is_own:
+            term = SelfAlignment(16, SRASettings(student=1, teacher=2))
+        rule = StopAt((term.name,), until) if until else StopOnConflict((term.name,), 1.1, checks=3, every=4)
+        trainer = Trainer(DiT.tiny(), FlowMatching(), PlanesSource(), config, out, losses=[term], stops=[rule])
     return trainer.fit(resume=True)
 
 

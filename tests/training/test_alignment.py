@@ -11,6 +11,7 @@ from smalti.training.alignment import AlignedModel, measure_terms
 from smalti.training.config import TrainConfig
 from smalti.training.progress import read_log
 from smalti.training.repa import REPA, REPASettings, TeacherPort
+from smalti.training.stopping import StopAt
 from smalti.training.trainer import Trainer
 
 
@@ -19,10 +20,11 @@ def term(teacher=None, **settings):
     return REPA(16, [TeacherPort("teacher", DIM, teacher)], REPASettings(**{"depth": 1, "hidden": 16, **settings}))
 
 
-def trainer(out, losses=(), source=None, steps=60, model=None, **settings):
+def trainer(out, losses=(), source=None, steps=60, model=None, stops=(), **settings):
     torch.manual_seed(0)
     config = TrainConfig(**{"steps": steps, "batch": 16, "learning_rate": 3e-3, "log_every": 1, "ema": 0.9, **settings})
-    return Trainer(model or DiT.tiny(), FlowMatching(), source or PlanesSource(), config, out, losses=losses)
+    source = source or PlanesSource()
+    return Trainer(model or DiT.tiny(), FlowMatching(), source, config, out, losses=losses, stops=stops)
 
 
 def column(report, name):
@@ -43,8 +45,8 @@ def test_the_cosine_rises_and_is_logged_apart_from_the_objective(tmp_path):
 def test_weight_zero_and_a_stop_at_step_zero_are_the_plain_training_bit_for_bit(tmp_path):
     plain = trainer(tmp_path / "plain", steps=6)
     plain.fit()
-    for number, settings in enumerate(({"weight": 0.0}, {"until": 0})):
-        other = trainer(tmp_path / str(number), [term(**settings)], steps=6)
+    for number, (weight, stops) in enumerate(((0.0, []), (0.5, [StopAt(("repa",), 0)]))):
+        other = trainer(tmp_path / str(number), [term(weight=weight)], steps=6, stops=stops)
         other.fit()
         assert all(torch.equal(a, b) for a, b in zip(plain.ema_model.parameters(), other.ema_model.parameters()))
     acting = trainer(tmp_path / "acting", [term()], steps=6)
@@ -53,7 +55,7 @@ def test_weight_zero_and_a_stop_at_step_zero_are_the_plain_training_bit_for_bit(
 
 
 def test_the_term_stops_at_its_step(tmp_path):
-    report = trainer(tmp_path, [term(until=4)], steps=8).fit()
+    report = trainer(tmp_path, [term()], steps=8, stops=[StopAt(("repa",), 4)]).fit()
     assert ["alignment cosine" in line for line in read_log(report.curve)] == [True] * 4 + [False] * 4
 
 

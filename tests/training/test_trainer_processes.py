@@ -72,15 +72,26 @@ def test_two_processes_walk_the_curve_of_one(processes, tmp_path, optimizer):
     assert difference(tmp_path / "one", tmp_path / "two") < 1e-4
 
 
+@pytest.mark.parametrize("is_own", [False, True])
 @pytest.mark.parametrize("shard", [False, True])
-def test_alignment_terms_walk_the_same_curve_in_two_processes_and_stop_together(processes, tmp_path, shard):
-    settings = {"steps": 20, "aligned_until": 12, "learning_rate": 3e-3}
+def test_alignment_terms_walk_the_same_curve_in_two_processes_and_stop_together(processes, tmp_path, shard, is_own):
+    settings = {"steps": 20, "aligned_until": 12, "learning_rate": 3e-3, "is_own": is_own}
     assert finish(start(processes, tmp_path / "one", **settings)) == 0
     group = start_group(processes, tmp_path / "two", shard=shard, **settings)
     assert [finish(process) for process in group] == [0, 0]
     assert difference(tmp_path / "one", tmp_path / "two") < 1e-4
-    aligned = ["alignment cosine" in line for line in read_log(tmp_path / "two" / "log.jsonl") if "loss" in line]
+    name = "self distance" if is_own else "alignment cosine"
+    aligned = [name in line for line in read_log(tmp_path / "two" / "log.jsonl") if "loss" in line]
     assert aligned == [True] * 12 + [False] * 8
+
+
+def test_processes_agree_on_figures_that_end_a_term(processes, tmp_path):
+    group = start_group(processes, tmp_path / "two", steps=16, aligned_until=0, learning_rate=3e-3)
+    assert [finish(process) for process in group] == [0, 0]
+    assert finish(start(processes, tmp_path / "one", steps=16, aligned_until=0, learning_rate=3e-3)) == 0
+    assert difference(tmp_path / "one", tmp_path / "two") < 1e-4
+    aligned = ["alignment cosine" in line for line in read_log(tmp_path / "two" / "log.jsonl")]
+    assert aligned == [True] * 12 + [False] * 4
 
 
 def test_a_model_in_pieces_walks_the_curve_of_a_whole_one(processes, tmp_path):
@@ -95,6 +106,16 @@ def test_a_model_in_pieces_walks_the_curve_of_a_whole_one(processes, tmp_path):
     assert len(figures[0]) == 2
     drawn = [torch.load(tmp_path / name / "samples" / "50.pt") for name in ("one", "two")]
     assert torch.allclose(*drawn, atol=1e-4)
+
+
+def test_each_held_out_loss_of_a_model_in_pieces_is_of_its_newest_average(processes, tmp_path):
+    settings = {"steps": 30, "eval_every": 10, "ema": 0.5}  # no checkpoint comes between
+    assert finish(start(processes, tmp_path / "one", **settings)) == 0
+    group = start_group(processes, tmp_path / "two", shard=True, **settings)
+    assert [finish(process) for process in group] == [0, 0]
+    logs = [read_log(tmp_path / name / "log.jsonl") for name in ("one", "two")]
+    figures = [[line["held_out_loss"] for line in log if "held_out_loss" in line] for log in logs]
+    assert figures[0] == pytest.approx(figures[1], abs=1e-4)
 
 
 def test_a_run_goes_on_with_another_number_of_processes(processes, tmp_path):

@@ -15,7 +15,7 @@ from smalti.backbones.block import TransformerBlock
 from smalti.nn.block_attention import BlockContext
 from smalti.nn.embeddings import VectorEmbedder
 from smalti.nn.swiglu import SwiGLU
-from smalti.nn.wide_norm_attention import WideNormSelfAttention
+from smalti.nn.wide_attention import WideSelfAttention
 
 
 class Caption(NamedTuple):
@@ -46,7 +46,7 @@ class CaptionEmbedder(nn.Module):
             heads,
             modulation="none",
             parts={
-                "attn": lambda: WideNormSelfAttention(width, heads, head_dim),
+                "attn": lambda: WideSelfAttention(width, heads, head_dim),
                 "ffn": lambda: SwiGLU(width, 4.0, ffn_multiple),
             },
         )
@@ -56,8 +56,8 @@ class CaptionEmbedder(nn.Module):
     def start_as_identity(self) -> None:
         """Sets the outputs of the block to zero."""
         for module in self.block.modules():
-            if isinstance(module, WideNormSelfAttention | SwiGLU):
-                last = module.to_out if isinstance(module, WideNormSelfAttention) else module.proj_out
+            if isinstance(module, WideSelfAttention | SwiGLU):
+                last = module.to_out if isinstance(module, WideSelfAttention) else module.proj_out
                 nn.init.zeros_(last.weight)
 
     def forward(self, text: Tensor, mask: Tensor | None = None, backend: str = "auto") -> Caption:

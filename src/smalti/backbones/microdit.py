@@ -33,7 +33,7 @@ from smalti.nn.modulation import FinalNorm
 from smalti.nn.patchify import patchify, unpatchify
 from smalti.nn.positions import grid_positions
 from smalti.nn.rope import grid_rope, plane_axes
-from smalti.nn.wide_norm_attention import WideNormCrossAttention
+from smalti.nn.wide_attention import WideCrossAttention
 from smalti.objectives.edm import Preconditioning
 from smalti.ops.token_masks import KEEP
 from smalti.ops.token_subset import gather, scatter
@@ -234,7 +234,7 @@ class MicroDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def _zero_residuals(self) -> None:
         """Cross-attention and the caption's block have no gate that starts at zero: their outputs do."""
         for module in self.modules():
-            if isinstance(module, WideNormCrossAttention):
+            if isinstance(module, WideCrossAttention):
                 nn.init.zeros_(module.to_out.weight)
         self.caption_embedder.start_as_identity()
 

@@ -70,11 +70,12 @@ class MixedDiT(ModelMixin, ConfigMixin):
         denoiser: Mapping[str, Any] | None = None,
     ):
         super().__init__()
-        self.dit = DiT(
+        dit = DiT(
             in_channels, patch_size, num_labels=num_labels, pooled_dim=pooled_dim, text_dim=text_dim, **(denoiser or {})
         )
         self.patch_size = patch_size
-        self.mixer = PatchMixer(self.dit.width, mixer_width, mixer_depth, mixer_head_dim, bool(text_dim))
+        self.mixer = PatchMixer(dit.width, mixer_width, mixer_depth, mixer_head_dim, bool(text_dim))
+        self.dit = dit  # behind the mixer, as its blocks run
         self.dit.blocks[0].register_forward_pre_hook(self._mix)
         self.dit.proj_out.register_forward_hook(self._restore)
         self._call: _Call | None = None  # stays after a call: checkpointed blocks run again in the backward pass

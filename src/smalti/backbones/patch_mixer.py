@@ -21,7 +21,7 @@ from smalti.nn.encoder_block import draw_linear_weights
 from smalti.nn.experts import ExpertChoice
 from smalti.nn.modulation import EPS, Modulation
 from smalti.nn.swiglu import SwiGLU
-from smalti.nn.wide_norm_attention import WideNormCrossAttention, WideNormSelfAttention
+from smalti.nn.wide_attention import WideCrossAttention, WideSelfAttention
 from smalti.ops.token_subset import gather
 
 
@@ -72,7 +72,7 @@ class PatchMixer(nn.Module):
         )  # fmt: skip
         draw_linear_weights(self)
         for module in self.modules():  # every block starts as the identity
-            if isinstance(module, Modulation | WideNormCrossAttention):
+            if isinstance(module, Modulation | WideCrossAttention):
                 nn.init.zeros_((module.linear if isinstance(module, Modulation) else module.to_out).weight)
 
     def forward(self, x: Tensor, context: BlockContext, keep: Tensor | None = None) -> Tensor:
@@ -124,8 +124,8 @@ def micro_block(
         order=with_cross("standard") if has_memory else "standard",
         bare_cross=True,
         parts={
-            "attn": lambda: WideNormSelfAttention(width, heads, head_dim),
-            "cross": lambda: WideNormCrossAttention(width, width // head_dim, head_dim),
+            "attn": lambda: WideSelfAttention(width, heads, head_dim),
+            "cross": lambda: WideCrossAttention(width, width // head_dim, head_dim),
             "ffn": lambda: (
                 ExpertChoice(width, int(width * ffn_ratio), experts, capacity)
                 if experts

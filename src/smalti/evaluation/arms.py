@@ -7,11 +7,14 @@ claim that was stopped goes on; it is trained anew as soon as its settings or an
 
 import hashlib
 import json
+import math
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from statistics import fmean
@@ -80,22 +83,58 @@ def run_arms(
         say: told of every arm that ends.
     """
     kept = folder / _key(slug, function, settings)
-    jobs = [(arm, seed) for seed in seeds for arm in arms]
-    missing = [job for job in jobs if not _path(kept, *job).is_file()]
+    jobs = {_path(kept, arm, seed): (arm, seed) for seed in seeds for arm in arms}
+
+    def report(path: Path, figures: Figures) -> None:
+        arm, seed = jobs[path]
+        say(f"{arm}, seed {seed}: {', '.join(f'{name} {value:.4g}' for name, value in figures.items())}")
+
+    run_jobs(
+        {path: partial(_train, slug, function, *job, dict(settings)) for path, job in jobs.items()},
+        processes=processes,
+        say=report,
+    )
+    return Arms({arm: [read_json(_path(kept, arm, seed)) for seed in seeds] for arm in arms}, tuple(seeds))
+
+
+def run_jobs(
+    jobs: Mapping[Path, Callable[[], Figures]],
+    *,
+    processes: int | None = None,
+    deadline: float = math.inf,
+    say: Callable[[Path, Figures], object] = lambda path, figures: None,
+) -> bool:
+    """Runs functions in processes of their own and keeps what each gives in its file; what is kept is not run again.
+
+    Args:
+        jobs: functions that a process can be given, by the json file of their figures.
+        processes: how many run at once; None = one for each core.
+        deadline: of `time.time()`, after which nothing is begun.
+        say: told of every one that ends.
+
+    Returns:
+        Whether all files are there.
+    """
+    missing = [path for path in jobs if not path.is_file()]
     count = min(len(missing), processes or len(os.sched_getaffinity(0)))
-    if count:
+    if count and time.time() < deadline:
         with ProcessPoolExecutor(count, get_context("spawn"), initializer=_begin) as pool:
-            running = {pool.submit(_train, slug, function, *job, dict(settings)): job for job in missing}
+            running = {pool.submit(_until, deadline, jobs[path]): path for path in missing}
             try:
                 for done in as_completed(running):
-                    arm, seed = running[done]
-                    figures = done.result()
-                    write_json(_path(kept, arm, seed), figures)
-                    say(f"{arm}, seed {seed}: {', '.join(f'{name} {value:.4g}' for name, value in figures.items())}")
+                    path, figures = running[done], done.result()
+                    if figures is not None:
+                        write_json(path, figures)
+                        say(path, figures)
             except BaseException:
                 pool.shutdown(cancel_futures=True)  # or the end of the block would wait for all that has not begun
                 raise
-    return Arms({arm: [read_json(_path(kept, arm, seed)) for seed in seeds] for arm in arms}, tuple(seeds))
+    return all(path.is_file() for path in jobs)
+
+
+def _until(deadline: float, job: Callable[[], Figures]) -> Figures | None:
+    """Runs in a process of its own; None if it is too late to begin."""
+    return job() if time.time() < deadline else None
 
 
 def _begin() -> None:

@@ -51,12 +51,20 @@ class DigitReport(NamedTuple):
 
 
 @torch.no_grad()
-def digit_report(pixels: Tensor) -> DigitReport:
-    """Figures of pictures (1000, 1, 32, 32) in [-1, 1] that were drawn for the classes of the held-out digits."""
+def digit_report(pixels: Tensor, rows: Tensor | None = None) -> DigitReport:
+    """Figures of pictures (N, 1, 32, 32) in [-1, 1] that were drawn for the classes of the held-out digits.
+
+    Args:
+        pixels: one a digit.
+        rows: which of the 1000 digits (N,); None = all. Distances of other counts do not compare.
+    """
     classifier, real = load_classifier(), load_digits("held-out")
+    wanted, labels = real.pixels(), real.labels
+    if rows is not None:
+        wanted, labels = wanted[rows], labels[rows]
     drawn = classifier.features(pixels.clamp(-1, 1))
-    right = classifier.head(drawn).argmax(-1) == real.labels
-    return DigitReport(frechet_distance(drawn, classifier.features(real.pixels())), right.float().mean().item())
+    right = classifier.head(drawn).argmax(-1) == labels
+    return DigitReport(frechet_distance(drawn, classifier.features(wanted)), right.float().mean().item())
 
 
 @torch.no_grad()

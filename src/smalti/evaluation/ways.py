@@ -19,7 +19,7 @@ from smalti.core.errors import NeverEngaged, Refusal
 from smalti.core.method import Method
 from smalti.core.seeds import generators_for
 from smalti.evaluation.same_cost import relative_distances
-from smalti.evaluation.timing import seconds
+from smalti.evaluation.timing import paired_ratio, seconds
 from smalti.sampling.schedulers import make_scheduler
 from smalti.seams.anatomy import read_anatomy
 from smalti.seams.apply import apply, denoisers
@@ -144,6 +144,13 @@ class Bench:
             found = self._measure(way, count)
             self.known[key] = [] if found is None else [found.speedup, found.distance, found.psnr]
         return Trial(way, *self.known[key]) if self.known[key] else None
+
+    def time_again(self, trial: Trial, count: int, pairs: int) -> Trial:
+        """A measured way with its speed taken from runs in turn with the plain one, and remembered so."""
+        first = self.batches(1)[0]
+        ratio = paired_ratio(lambda: self.draw(self.plain, first), lambda: self.draw(trial.way, first), pairs, 0)
+        self.known[f"{trial.way.name} | {count}"][0] = ratio.median
+        return replace(trial, speedup=ratio.median)
 
     def _measure(self, way: Way, count: int) -> Trial | None:
         plain, plain_seconds = self._plain(count), self._plain_seconds()

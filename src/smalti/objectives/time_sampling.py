@@ -10,6 +10,7 @@ I.1 (there one random offset a batch, here one jitter a sample, which needs no c
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -87,6 +88,25 @@ class Shifted:
 def shift_time(t: Time, shift: float) -> Time:
     """`shift * t / (1 + (shift - 1) * t)` for t of any shape in [0, 1]; its inverse is the shift `1 / shift`."""
     return t if shift == 1 else t / (t + (1 - t) / shift)  # this form is exact at both ends
+
+
+def dimension_shift(shape: Sequence[int], base: int = 4096) -> float:
+    """The shift for latents of so many numbers, `sqrt(m / base)` for m of them, and 1 where m is below the base.
+
+    The more numbers a sample has, the less of it the same share of noise hides. The same shift belongs to the training
+    times and to the schedule of sampling.
+
+    Args:
+        shape: of one sample, such as (C, h, w).
+        base: numbers of a sample at which nothing is shifted (4,096 = 32 x 32 x 4, the latents of a KL autoencoder).
+
+    Source: RAE (arXiv 2510.11690), section 4.2.
+
+    Example:
+        >>> round(dimension_shift((768, 16, 16)), 2)
+        6.93
+    """
+    return max(1.0, math.sqrt(math.prod(shape) / base))
 
 
 def check_shift(shift: float) -> float:

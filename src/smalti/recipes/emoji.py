@@ -219,7 +219,7 @@ def build_transformer(recipe: EmojiRecipe, text_width: int, channels: int) -> MM
 
 
 def latent_source(
-    autoencoder: ConvAutoencoder,
+    autoencoder: Any,
     pictures: EmojiSet,
     encoder: EmbeddingCache,
     styles: Sequence[str],

@@ -25,7 +25,6 @@ from smalti.objectives.flow_matching import FlowMatching
 from smalti.recipes.emoji import latent_source
 from smalti.sampling.pipeline import TextToImagePipeline
 from smalti.sampling.schedulers import make_scheduler
-from smalti.tokenizers.conv_autoencoder import ConvAutoencoder
 from smalti.tokenizers.text_encoder import EmbeddingCache, MiniLMEncoder
 from smalti.tokenizers.vision_backends import load_teacher
 from smalti.training.alignment import Alignment
@@ -44,17 +43,17 @@ CHANNELS, TEXT_WIDTH = 16, 384
 
 @dataclass(frozen=True)
 class Stock:
-    """What all arms share, read once a process.
+    """What all arms on one autoencoder share, read once a process.
 
     Args:
         autoencoder: latents <-> pixels.
         encoder: of text, cached.
-        train: samples of the training concepts, not shifted, drawn from the posterior each time.
+        train: samples of the training concepts, not shifted.
         held_out: samples of the others.
         train_pictures, held_out_pictures: the pictures behind them.
     """
 
-    autoencoder: ConvAutoencoder
+    autoencoder: ModelMixin
     encoder: EmbeddingCache
     train: LatentSource
     held_out: LatentSource
@@ -65,13 +64,17 @@ class Stock:
 @cache
 def stock() -> Stock:
     """Makes or opens the caches of latents and embeddings; call it once before arms are trained side by side."""
+    return stock_of(load_model("emoji").autoencoder, is_drawn=True)
+
+
+def stock_of(autoencoder: Any, is_drawn: bool = False) -> Stock:
+    """The stock of another autoencoder; with `is_drawn`, training samples are drawn from its posterior each time."""
     folder = cache_folder() / "arms"
-    autoencoder = load_model("emoji").autoencoder
     encoder = EmbeddingCache(MiniLMEncoder(length=TEXT_LENGTH), cache_folder() / "text")
     train, held_out = load_emoji("train"), load_emoji("held-out")
     return Stock(
         autoencoder, encoder,
-        latent_source(autoencoder, train, encoder, STYLES, folder, is_drawn=True),
+        latent_source(autoencoder, train, encoder, STYLES, folder, is_drawn=is_drawn),
         latent_source(autoencoder, held_out, encoder, STYLES, folder),
         train, held_out,
     )  # fmt: skip
@@ -108,9 +111,10 @@ def train_emoji_arm(
     objective: Objective | None = None,
     source: SampleSource | None = None,
     losses: Sequence[Alignment] = (),
-    autoencoder: ConvAutoencoder | None = None,
+    shared: Stock | None = None,
+    shift: float = 1.0,
 ) -> Trained:
-    """Trains a denoiser on 8 x 8 tokens, of 16 channels if no autoencoder is given, text width 384 and four labels.
+    """Trains a denoiser of 16 channels, or those of another stock, text width 384 and four labels.
 
     Args:
         model: changed in place.
@@ -118,36 +122,25 @@ def train_emoji_arm(
         objective: flow matching if None.
         source: samples instead of the stock's.
         losses: added to the objective.
-        autoencoder: whose latents take the place of those of `emoji`.
+        shared: stock of another autoencoder.
+        shift: of the schedule with which pictures are drawn.
     """
-    shared, held_out = stock(), stock().held_out
-    if autoencoder is not None:
-        assert source is None, "samples come from the autoencoder or from a source"
-        source, held_out = latents_of(autoencoder)
+    shared = shared or stock()
     with tempfile.TemporaryDirectory(prefix="smalti-arm-") as folder:
         trainer = Trainer(
             model, objective or FlowMatching(), source or shared.train, config, Path(folder),
-            held_out=held_out, losses=losses,
+            held_out=shared.held_out, losses=losses,
         )  # fmt: skip
         report = trainer.fit()
     averaged: Any = trainer.ema_model.eval()
     pipe = TextToImagePipeline(
-        averaged, autoencoder or shared.autoencoder, make_scheduler("euler"), text_length=TEXT_LENGTH,
-        styles=list(STYLES),
+        averaged, shared.autoencoder, make_scheduler("euler"), text_length=TEXT_LENGTH, styles=list(STYLES),
+        default_shift=shift,
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     pipe.use_text_encoder(shared.encoder)
     assert report.held_out_loss is not None, "eval_every is 0: an arm is measured on held-out concepts"
     return Trained(pipe, report.held_out_loss, report.images_per_second)
-
-
-def latents_of(autoencoder: ConvAutoencoder) -> tuple[LatentSource, LatentSource]:
-    """Samples of the training and of the held-out concepts from another autoencoder, not drawn; made once and kept."""
-    shared, folder = stock(), cache_folder() / "arms"
-    return (
-        latent_source(autoencoder, shared.train_pictures, shared.encoder, STYLES, folder),
-        latent_source(autoencoder, shared.held_out_pictures, shared.encoder, STYLES, folder),
-    )
 
 
 def feature_tables(teacher: str) -> tuple[LatentCache, LatentCache]:

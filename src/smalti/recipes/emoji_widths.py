@@ -1,6 +1,7 @@
 """Emoji denoisers of many widths, each with muP or without: what is trained, checked and compared.
 
-As in `emoji_arm`, latents are those of `emoji`; heads keep their size, the number of heads is the width.
+As in `emoji_arm`, latents are those of `emoji`; heads keep their size, the number of heads is the width. muP carries
+over the model's own start, so modulations begin at zero with and without it.
 """
 
 import tempfile
@@ -29,21 +30,26 @@ def build(width: int) -> DiT:
     )  # fmt: skip
 
 
+def parametrisation() -> MuP:
+    """muP with the base width of 32."""
+    return MuP(build, NARROW, start="own")
+
+
 def train_width(kind: str, width: int, rate: float, seed: int, steps: int) -> float:
     """Held-out loss after so many steps at a peak rate.
 
     Args:
         kind: mup, with the base width of 32, or standard.
         width: of the denoiser.
-        rate: peak rate; it warms up for a tenth of the steps and falls to 0 over the last fifth.
+        rate: peak rate; it warms up for a fifth of the steps and falls to 0 over the last one.
         seed: of weights, order, noise and times.
         steps: of 32 samples; gradients are not clipped, because their norm grows with the width.
     """
     config = TrainConfig(
-        steps=steps, batch=BATCH, learning_rate=rate, warmup=steps // 10, decay="linear-cooldown", ema=0.98,
-        clip=None, weight_decay=0.0, seed=seed, eval_every=steps, eval_samples=698,
+        steps=steps, batch=BATCH, learning_rate=rate, warmup=steps // 5, decay="linear-cooldown", ema=0.98,
+        betas=(0.9, 0.95), clip=None, weight_decay=0.0, seed=seed, eval_every=steps, eval_samples=698,
     )  # fmt: skip
-    mu, shared = MuP(build, NARROW), stock()
+    mu, shared = parametrisation(), stock()
     torch.manual_seed(seed)
     model = mu.model(width) if kind == "mup" else build(width)
     factors = mu.factors(model) if kind == "mup" else None
@@ -58,7 +64,7 @@ def train_width(kind: str, width: int, rate: float, seed: int, steps: int) -> fl
 
 def ready(kind: str, width: int, rate: float) -> tuple[nn.Module, torch.optim.Optimizer]:
     """A fresh denoiser with its AdamW."""
-    mu = MuP(build, NARROW)
+    mu = parametrisation()
     model = mu.model(width) if kind == "mup" else build(width)
     groups = mu.groups(model, rate) if kind == "mup" else [{"params": list(model.parameters()), "lr": rate}]
     return model, torch.optim.AdamW(groups, weight_decay=0.0)

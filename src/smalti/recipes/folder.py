@@ -27,12 +27,14 @@ from smalti.recipes.folder_autoencoder import Autoencoder, base_autoencoder, fit
 from smalti.recipes.folder_model import build_pipeline, build_transformer, patch_size
 from smalti.recipes.folder_samples import memorising, sample_sheet
 from smalti.recipes.folder_source import latent_sources, split_pictures
+from smalti.recipes.folder_teacher import Teacher
 from smalti.training.config import TrainConfig
 from smalti.training.messages import is_main, say
 from smalti.training.mup import MuP
 from smalti.training.optimizers import Factors
 from smalti.training.processes import join_processes
 from smalti.training.progress import read_log
+from smalti.training.repa import REPA
 from smalti.training.run_folder import check_run, open_run
 from smalti.training.run_state import plain
 from smalti.training.trainer import Trainer
@@ -64,6 +66,8 @@ class FolderRecipe:
         cluster: where pictures are encoded: empty for this process, or ray.
         workers: of the cluster.
         tuned_width: width at which the rate was tuned; muP carries it to the transformer's. None: the rate is its own.
+        teacher: a vision model that hidden states are drawn to while training: `vit-caption`, `vit-self`, or a folder
+            with one of the transformers library, of timm, or of ours; empty = none.
 
     Raises:
         UserError: a value is out of range.
@@ -87,6 +91,7 @@ class FolderRecipe:
     cluster: str = ""
     workers: int = 2
     tuned_width: int | None = None
+    teacher: str = ""
 
     def __post_init__(self):
         if self.text_length not in TEXT_LENGTHS:
@@ -140,9 +145,10 @@ def train(recipe: FolderRecipe, out: Path, resume: bool = False) -> Path:
         enough=recipe.enough if recipe.tokenizer is None else None, config=recipe.autoencoder_training, resume=resume,
     )  # fmt: skip
     with processes.main_process_first():  # the others find the caches
+        teacher = teacher_of(recipe, base)
         source, held_out = latent_sources(
             autoencoder, pictures, split, recipe.text_length, out / "cache", recipe.shift, recipe.cluster,
-            recipe.workers,
+            recipe.workers, teacher,
         )  # fmt: skip
     pipe = build_pipeline(
         started.model, autoencoder, pictures, size=recipe.size, text_length=recipe.text_length, guidance=recipe.guidance
@@ -158,6 +164,7 @@ def train(recipe: FolderRecipe, out: Path, resume: bool = False) -> Path:
     trainer = Trainer(
         started.model, recipe.objective, source, recipe.training, out / "transformer",
         held_out=held_out, on_sample=draw, description=facts, factors=started.factors,
+        losses=started.losses(teacher),
     )  # fmt: skip
     report = trainer.fit(resume=resume)
     if is_main():
@@ -192,6 +199,11 @@ class Started:
         """On the rates of its parameters."""
         return None if self.mu is None else self.mu.factors(self.model, self.optimizer)
 
+    def losses(self, teacher: Teacher | None) -> list[REPA]:
+        """Terms that it is trained with besides its objective."""
+        config = self.model.config
+        return [] if teacher is None else [teacher.term(self.model, config["heads"] * config["head_dim"])]
+
     def plain(self, model: nn.Module) -> nn.Module:
         """A trained one as it is saved."""
         return model if self.mu is None else self.mu.fold(model)
@@ -210,6 +222,12 @@ def start_transformer(recipe: FolderRecipe, base: Autoencoder, pictures: FolderS
     mu = MuP(build, recipe.tuned_width, start="own")
     width = recipe.transformer["heads"] * recipe.transformer["head_dim"]
     return Started(mu.model(width), mu, recipe.training.optimizer)  # type: ignore[arg-type]  # what `build` made
+
+
+def teacher_of(recipe: FolderRecipe, base: Autoencoder) -> Teacher | None:
+    """What the transformer is drawn to, if anything."""
+    cell = base.factor * patch_size(recipe.transformer, recipe.size, base)
+    return Teacher(recipe.teacher, cell, base.device) if recipe.teacher else None
 
 
 def check_places(data: str, out: Path) -> None:
@@ -271,4 +289,4 @@ def overfitting(log: Path) -> str:
 def last_losses(log: Path) -> dict[str, float]:
     """The last loss in a log, and the last held-out one if there is any."""
     last = {key: value for line in read_log(log) for key, value in line.items()}
-    return {key: last[key] for key in ("loss", "held_out_loss") if key in last}
+    return {key: last[key] for key in ("loss", "objective", "held_out_loss") if key in last}

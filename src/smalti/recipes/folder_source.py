@@ -1,8 +1,9 @@
 """Training samples of the folder recipe: which pictures are held out, their latents, captions and labels."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from smalti.data.folder import FolderSet
 from smalti.data.latent_cache import LatentCache, build_cache, cache_key
 from smalti.evaluation.emoji_metrics import spread
 from smalti.recipes.folder_autoencoder import Autoencoder
+from smalti.recipes.folder_teacher import FEATURES, Teacher
 from smalti.tokenizers.text_encoder import EmbeddingCache, MiniLMEncoder
 from smalti.training.autoencoder import shift_picture
 from smalti.training.latent_source import LatentSource, embed_captions
@@ -68,6 +70,7 @@ def latent_sources(
     shift: int = 0,
     cluster: str = "",
     workers: int = 2,
+    teacher: Teacher | None = None,
 ) -> Sources:
     """Latents of all pictures with their captions or labels, kept in the folder `cache`.
 
@@ -79,21 +82,32 @@ def latent_sources(
         cache: the folder.
         shift: a picture to train on is also seen moved by so many pixels in four directions; 0 = only as it is.
         cluster, workers: where pictures are encoded, see `core.cluster.run_all`.
+        teacher: whose features of every view come with the latents.
     """
-
-    def table(down: int, right: int) -> LatentCache:
-        def encode(indices: Tensor) -> Tensor:
-            pixels = torch.stack([shift_picture(picture, down, right) for picture in pictures.pixels(indices)])
-            return autoencoder.encode(pixels.to(autoencoder.device)).tensor
-
-        key = cache_key(pictures.hash, weights_hash(autoencoder), *((down, right) if down or right else ()))
-        return build_cache(
-            cache, key, len(pictures), encode, groups=pictures.shapes, batch=BATCH, progress=is_main(),
-            cluster=cluster, workers=workers,
-        )  # fmt: skip
-
     shifts = ((0, 0), (shift, 0), (-shift, 0), (0, shift), (0, -shift)) if shift else ((0, 0),)
-    views = [table(*one) for one in shifts]
+
+    def tables(encode: Callable[[Tensor], Tensor], *what: Any) -> list[LatentCache]:
+        """What is made of the pictures, one table a shift."""
+
+        def table(down: int, right: int) -> LatentCache:
+            def make(indices: Tensor) -> Tensor:
+                return encode(
+                    torch.stack([shift_picture(picture, down, right) for picture in pictures.pixels(indices)])
+                )
+
+            key = cache_key(pictures.hash, *what, *((down, right) if down or right else ()))
+            return build_cache(
+                cache, key, len(pictures), make, groups=pictures.shapes, batch=BATCH, progress=is_main(),
+                cluster=cluster, workers=workers,
+            )  # fmt: skip
+
+        return [table(*one) for one in shifts]
+
+    def encode(pixels: Tensor) -> Tensor:
+        return autoencoder.encode(pixels.to(autoencoder.device)).tensor
+
+    views = tables(encode, weights_hash(autoencoder))
+    features = {} if teacher is None else {FEATURES: tables(teacher, *teacher.key)}
     captions = None
     if pictures.captions is not None:
         encoder = EmbeddingCache(MiniLMEncoder(length=text_length), cache / "text")
@@ -101,4 +115,4 @@ def latent_sources(
     labels = None if pictures.labels is None else torch.tensor(pictures.labels)
     common = (captions, labels, len(pictures.label_names))
     held_out = LatentSource(views[:1], *common, split.held_out_groups) if split.held_out_groups else None
-    return Sources(LatentSource(views, *common, split.train_groups), held_out)
+    return Sources(LatentSource(views, *common, split.train_groups, features=features), held_out)

@@ -15,10 +15,12 @@ import torch
 from smalti.core.protocols import TrainState
 from smalti.data.folder import FolderSet
 from smalti.evaluation.emoji_metrics import spread
-from smalti.recipes.folder import FolderRecipe, start_transformer
+from smalti.recipes.folder import FolderRecipe, Started, start_transformer, teacher_of
 from smalti.recipes.folder_autoencoder import Autoencoder
 from smalti.recipes.folder_guide import WIDTHS, Choice, Machine, is_worth_it, recipe_for
 from smalti.recipes.folder_source import latent_sources, split_pictures
+from smalti.recipes.folder_teacher import Teacher
+from smalti.training.alignment import AlignedModel, AlignedObjective
 from smalti.training.autoencoder import reconstruction_psnr
 from smalti.training.data_order import DataOrder
 from smalti.training.latent_source import LatentSource
@@ -43,6 +45,7 @@ class Prepared:
     Args:
         pictures: the few.
         source: their latents.
+        teacher: whose features come with them.
         share: how many pictures of the folder each stands for.
         seconds: that their latents and captions took.
         psnr: of the autoencoder on them, in dB.
@@ -51,6 +54,7 @@ class Prepared:
 
     pictures: FolderSet
     source: LatentSource
+    teacher: Teacher | None
     share: float
     seconds: float
     psnr: float
@@ -73,8 +77,9 @@ def prepare(recipe: FolderRecipe, pictures: FolderSet, base: Autoencoder, folder
     psnr = reconstruction_psnr(base, few, spread(len(few), JUDGED))
     passed = (time.perf_counter() - started) / min(JUDGED, len(few))
     started = time.perf_counter()
-    source = latent_sources(base, few, split_pictures(few), recipe.text_length, folder).train
-    return Prepared(few, source, len(pictures) / len(few), time.perf_counter() - started, psnr, passed)
+    teacher = teacher_of(recipe, base)
+    source = latent_sources(base, few, split_pictures(few), recipe.text_length, folder, teacher=teacher).train
+    return Prepared(few, source, teacher, len(pictures) / len(few), time.perf_counter() - started, psnr, passed)
 
 
 def autoencoder_steps(recipe: FolderRecipe, prepared: Prepared, seconds: float) -> int:
@@ -105,10 +110,9 @@ def measure(
     for width in WIDTHS:
         choice = Choice(width, BATCH, 100, recipe.training.learning_rate, seconds)
         one = recipe_for(recipe, choice, device, has_text)
-        model: Any = start_transformer(one, base, prepared.pictures).model
-        model.to(device)
-        weights[width] = sum(parameter.numel() for parameter in model.parameters())
-        costs[width], tokens = _seconds_an_image(one, model, prepared.source, device)
+        started = start_transformer(one, base, prepared.pictures)
+        weights[width] = sum(parameter.numel() for parameter in started.model.parameters())
+        costs[width], tokens = _seconds_an_image(one, started, prepared, device)
         say(f"width {width}: {weights[width] / 1e6:.1f} M weights, {1 / costs[width]:.0f} images/s")
         if not is_worth_it(seconds / costs[width] * tokens, weights[width]):
             break
@@ -116,17 +120,23 @@ def measure(
     return Machine(device, costs, weights, tokens, besides + LAST_CHECK, after)
 
 
-def _seconds_an_image(recipe: FolderRecipe, model: Any, source: LatentSource, device: str) -> tuple[float, float]:
+def _seconds_an_image(recipe: FolderRecipe, begun: Started, prepared: Prepared, device: str) -> tuple[float, float]:
     """Of a training step, the first one left out; and the tokens of a picture."""
+    model: Any = begun.model
+    objective, source, losses = recipe.objective, prepared.source, begun.losses(prepared.teacher)
+    if losses:
+        model = AlignedModel(model, losses)
+        objective = AlignedObjective(objective, model)
+    model.to(device)
     optimizers, order = Optimizers(model.train(), recipe.training), DataOrder(source, BATCH, 0)
     started, tokens = 0.0, 0.0
     for step in range(TIMED + 1):
         if step == 1:
             started = time.perf_counter()
         one = draw(source, order.indices(step), order.positions(step), 0, "trial", torch.device(device))
-        tokens = one.batch.x0[0, 0].numel() / model.patch_size**2
+        tokens = one.batch.x0[0, 0].numel() / begun.model.patch_size**2
         with torch.autocast(device, torch.bfloat16, enabled=recipe.training.precision == "bf16"):
-            loss = recipe.objective.loss(model, one.batch, TrainState(step), one.generators).loss
+            loss = objective.loss(model, one.batch, TrainState(step), one.generators).loss
         loss.backward()
         optimizers.step(step)
         optimizers.zero_grad()
@@ -141,9 +151,11 @@ def trial(recipe: FolderRecipe, prepared: Prepared, base: Autoencoder, seconds: 
         recipe.training, decay="constant", minutes=seconds / 60, sample_every=0, eval_every=0, patience=0,
         log_every=1, save_every=recipe.training.steps,
     )  # fmt: skip
-    trainer = Trainer(started.model, recipe.objective, prepared.source, config, folder, factors=started.factors)
+    trainer = Trainer(
+        started.model, recipe.objective, prepared.source, config, folder, factors=started.factors,
+        losses=started.losses(prepared.teacher),
+    )  # fmt: skip
     report = trainer.fit()
     lines = [line for line in read_log(report.curve) if "loss" in line]
-    return Curve(
-        [line["step"] * config.batch for line in lines], [line["loss"] for line in lines], 1 / report.images_per_second
-    )
+    losses = [line.get("objective", line["loss"]) for line in lines]  # without what a teacher adds
+    return Curve([line["step"] * config.batch for line in lines], losses, 1 / report.images_per_second)

@@ -27,7 +27,7 @@ from smalti.evaluation.uniformity import latent_uniformity
 from smalti.objectives.cosine_velocity import CosineFlowMatching
 from smalti.objectives.flow_matching import FlowMatching
 from smalti.objectives.time_sampling import Uniform
-from smalti.recipes.emoji_arm import GRID, TEXT_WIDTH, Trained, feature_tables, stock, train_emoji_arm
+from smalti.recipes.emoji_arm import GRID, TEXT_WIDTH, Trained, feature_tables, stock, stock_of, train_emoji_arm
 from smalti.tokenizers.conv_autoencoder import ConvAutoencoder
 from smalti.training.autoencoder import CHUNK, MEASURED, Pictures, chunks
 from smalti.training.config import TrainConfig
@@ -161,4 +161,6 @@ def train_on(model: ConvAutoencoder, rung: Rung, steps: int, seed: int) -> Train
         steps=steps, batch=32, learning_rate=2e-3, warmup=min(50, steps), decay="linear-cooldown", ema=0.99, seed=seed,
         betas=(0.9, 0.95), eval_every=steps, eval_samples=698, save_every=10**6,
     )  # fmt: skip
-    return train_emoji_arm(rung.model(model.latent_channels), config, objective=rung.objective(), autoencoder=model)
+    return train_emoji_arm(
+        rung.model(model.latent_channels), config, objective=rung.objective(), shared=stock_of(model)
+    )

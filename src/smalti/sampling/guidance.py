@@ -1,4 +1,4 @@
-"""Classifier-free guidance, limited to an interval of time if wanted.
+"""Guidance by the difference of two predictions, limited to an interval of time if wanted.
 
 `velocity = u + scale * (c - u)` with the velocities c of the conditional and u of the unconditional branch. Outside
 the interval [low, high] of t only the conditional branch runs: guidance at high noise costs variety, at low noise it
@@ -6,7 +6,11 @@ does little, and each step outside saves half its work.
 
 With `channels` only the first of them are guided, as LightningDiT (arXiv 2501.01423) does it in its code.
 
-Source: classifier-free guidance (arXiv 2207.12598, equation 6 with scale = 1 + w); interval (arXiv 2404.07724).
+Autoguidance takes the difference to a weaker model instead, smaller and less trained, with the same conditions:
+`velocity = v' + scale * (v - v')`.
+
+Source: classifier-free guidance (arXiv 2207.12598, equation 6 with scale = 1 + w); interval (arXiv 2404.07724);
+autoguidance (arXiv 2406.02507, equation 3).
 """
 
 import math
@@ -47,12 +51,9 @@ class Guidance:
     channels: int | None = None
 
     def __post_init__(self):
-        if not math.isfinite(self.scale) or self.scale < 0:
-            raise UserError(f"got a guidance scale of {self.scale}; choose a number of at least 0 (1 = off)")
+        _check(self.scale, self.interval)
         if self.channels is not None and (isinstance(self.channels, bool) or self.channels < 1):
             raise UserError(f"got guidance on {self.channels} channels; choose a whole number of at least 1, or none")
-        if len(self.interval) != 2 or not 0 <= self.interval[0] <= self.interval[1] <= 1:  # a list from json will do
-            raise UserError(f"got a guidance interval of {self.interval}; choose (low, high) within [0, 1]")
 
     def acts_at(self, t: float) -> bool:
         """Whether both branches are needed at time t."""
@@ -62,6 +63,53 @@ class Guidance:
         """The scale for each of the times (B,): 1 where guidance does not act."""
         acts = (self.interval[0] <= t) & (t <= self.interval[1])
         return torch.where(acts, self.scale, 1.0)
+
+
+@dataclass(frozen=True)
+class Autoguidance:
+    """A denoiser guided by a weaker one of the same task; it is a denoiser, so guidance by conditions may be added.
+
+    Args:
+        weak: `(x, t, cond) -> velocity`, of fewer parameters or fewer steps of training.
+        scale: w; 1 = the strong one alone.
+        interval: (low, high), the times in [0, 1] between which it acts, both included.
+
+    Raises:
+        UserError: the scale is not a finite number, or the interval is not within [0, 1].
+
+    Example:
+        >>> strong, weak = (lambda x, t, cond: 2 * x), (lambda x, t, cond: x)
+        >>> Autoguidance(weak, 1.5).around(strong)(torch.ones(1), torch.ones(1), Cond())
+        tensor([2.5000])
+    """
+
+    weak: Denoiser
+    scale: float = 1.42
+    interval: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self):
+        _check(self.scale, self.interval)
+
+    def around(self, strong: Denoiser) -> Denoiser:
+        """The guided denoiser; where no sample's time lies in the interval, the weak one does not run."""
+
+        def velocity(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+            found = strong(x, t, cond)
+            acts = (t >= self.interval[0]) & (t <= self.interval[1])
+            if self.scale == 1 or not acts.any():
+                return found
+            behind = self.weak(x, t, cond)
+            guided = behind + self.scale * (found - behind)
+            return torch.where(acts.reshape(acts.shape[:1] + (1,) * (x.ndim - 1)), guided, found)
+
+        return velocity
+
+
+def _check(scale: float, interval: tuple[float, float]) -> None:
+    if not math.isfinite(scale) or scale < 0:
+        raise UserError(f"got a guidance scale of {scale}; choose a number of at least 0 (1 = off)")
+    if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:  # a list from json will do
+        raise UserError(f"got a guidance interval of {interval}; choose (low, high) within [0, 1]")
 
 
 def bind(denoiser: Denoiser, cond: Cond, uncond: Cond | None = None, guidance: Guidance | None = None) -> BoundDenoiser:

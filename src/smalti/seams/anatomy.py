@@ -1,12 +1,12 @@
 """What a transformer is made of, read from its modules: stacks of blocks and the sublayers inside each block.
 
-No model is known by name. A stack is a list of modules, a direct child of the model, in which every element holds
-attention. Inside a block, attention is recognised by its projections or its class name, a feed-forward layer as a
-module of two or more linear or convolution layers, or as linear layers of the block itself of which the last leads back
-to the width of the others' input (PRX), and a fused sublayer by attention without an output projection whose output
-runs into a linear layer of the block itself (FLUX.1's single blocks). A block may also say it: its `feeders` give, by
-the name of a child, the children that compute nothing but that one's input. Refiners of the text that sit inside an
-embedder are no blocks.
+No model is known by name. A stack is a list of modules, a direct child of the model (or, if there is none, of one of
+its children), in which every element holds attention. Inside a block, attention is recognised by its projections or its
+class name, a feed-forward layer as a module of two or more linear or convolution layers, or as linear layers of the
+block itself of which the last leads back to the width of the others' input (PRX), and a fused sublayer by attention
+without an output projection whose output runs into a linear layer of the block itself (FLUX.1's single blocks). A block
+may also say it: its `feeders` give, by the name of a child, the children that compute nothing but that one's input.
+Refiners of the text that sit inside an embedder are no blocks.
 """
 
 import inspect
@@ -130,14 +130,25 @@ def time_argument(model: nn.Module) -> str | None:
 
 
 def find_stacks(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
-    """The lists of blocks among a model's children, by path; lists of lists and dicts of lists are entered."""
+    """The lists of blocks among a model's children, by path; of a model that only wraps others, those of its children.
+
+    Lists of lists and dicts of lists are entered.
+    """
+    found = list(_own_stacks(model))
+    if not found:
+        found = [(f"{name}.{path}", stack) for name, child in model.named_children()
+                 for path, stack in _own_stacks(child)]  # fmt: skip
+    yield from found
+
+
+def _own_stacks(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
     for name, child in model.named_children():
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
             elements = list(child.children())
             if isinstance(child, nn.ModuleList) and elements and all(_is_block(one) for one in elements):
                 yield name, child
             else:
-                for path, stack in find_stacks(child):
+                for path, stack in _own_stacks(child):
                     yield f"{name}.{path}", stack
 
 

@@ -39,20 +39,23 @@ WIDE, CHECKED = 128, (32, 64, 128, 256)
 RATES = (2e-3, 4e-3, 8e-3, 16e-3, 32e-3)
 STEPS = 250
 LIMIT = 0.02
+FIRST_SEED = 10
+"""Seeds 0 and 1 chose the warm-up and the decay of the moments."""
 
 
 def small(ctx) -> Verdict:
     """Both parametrisations at two widths and five rates, and how large activations become with the width."""
     stock()
+    seeds = tuple(FIRST_SEED + seed for seed in ctx.seeds)
     names = [f"{kind} {width} {rate:g}" for kind in KINDS for width in (NARROW, WIDE) for rate in RATES]
-    arms = run_arms("mup", names, ctx.seeds, ctx.scratch, {"steps": round(STEPS * ctx.budget)}, say=ctx.say)
+    arms = run_arms("mup", names, seeds, ctx.scratch, {"steps": round(STEPS * ctx.budget)}, say=ctx.say)
     sweeps = {
         kind: Sweep({(w, r): arms.values(f"{kind} {w} {r:g}", "loss") for w in (NARROW, WIDE) for r in RATES})
         for kind in KINDS
     }
     costs = {kind: one.transfer_cost(NARROW, WIDE) for kind, one in sweeps.items()}
     theirs = fmean(costs["standard"])
-    main = compare(costs["mup"], [min(LIMIT, theirs)] * len(ctx.seeds))
+    main = compare(costs["mup"], [min(LIMIT, theirs)] * len(seeds))
     ctx.say("coordinate check")
     checked = {
         kind: coordinate_check(lambda width, kind=kind: ready(kind, width, RATES[0]), fixed_loss, CHECKED, seeds=3)
@@ -69,7 +72,7 @@ def small(ctx) -> Verdict:
         rule=f"ours < {LIMIT:g} and < standard",
         outcome=main.outcome,
         interval=(main.low, main.high),
-        seeds=ctx.seeds,
+        seeds=seeds,
         checks=(
             Check("best rates, narrow and wide", f"{rate:g}, {ours.best(WIDE):g}", "equal", rate == ours.best(WIDE)),
             Check("best rates of standard", ", ".join(f"{sweeps['standard'].best(w):g}" for w in (NARROW, WIDE))),
@@ -86,6 +89,12 @@ def small(ctx) -> Verdict:
             "steepest": {kind: list(one) for kind, one in steepest.items()},
         },
         notes=f"DiT of depth {DEPTH}, heads of {HEAD}, 64 tokens, {round(STEPS * ctx.budget)} steps of 32, not clipped",
+        tried=(
+            "a first recorded run, started by fan-in as in the paper, a tenth of the steps warming up, moments at "
+            "0.9 and 0.99, seeds 0 to 2: 0.062 (standard 2.1); one of three narrow runs at 16e-3 all but diverged",
+            "seed 1 so, but a fifth of the steps warming up, moments at 0.9 and 0.95: 0.912 in place of 1.112 at 16e-3",
+            "seed 0 with its own start: narrow 0.873, 0.996 at 16e-3, 32e-3; wide 0.782, 0.735, 0.752 at 8, 16, 32e-3",
+        ),
     )  # fmt: skip
 
 

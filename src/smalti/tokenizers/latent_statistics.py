@@ -11,11 +11,24 @@ def channel_moments(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: there are no latents.
     """
+    return _moments(z.double().transpose(0, 1).flatten(1) for z in batches)  # (C, values)
+
+
+def element_moments(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and variance (C, ...), float64, of each channel at each place over all latents (B, C, ...).
+
+    Raises:
+        ValueError: there are no latents.
+    """
+    return _moments(z.double().movedim(0, -1) for z in batches)  # (C, ..., B)
+
+
+def _moments(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and variance along the last dim."""
     count, total, squares = 0, 0.0, 0.0
     for z in batches:
-        z = z.double().transpose(0, 1).flatten(1)  # (C, values)
-        count += z.shape[1]
-        total, squares = total + z.sum(1), squares + z.square().sum(1)
+        count += z.shape[-1]
+        total, squares = total + z.sum(-1), squares + z.square().sum(-1)
     if not isinstance(total, Tensor) or not isinstance(squares, Tensor):
         raise ValueError("no latents to measure")
     mean = total / count

@@ -12,18 +12,16 @@ Source: Representation Alignment for Generation (arXiv 2410.06940), section 3 an
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from math import isqrt
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from smalti.core.errors import UserError
 from smalti.core.protocols import LossResult
-from smalti.ops.token_grid import resize_tokens
 from smalti.training.alignment import Alignment, AlignmentCall, teacher_features
+from smalti.training.feature_alignment import cosine, match, projector
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,6 @@ class REPASettings:
         depth: block whose output is aligned, from 1; about a third of all.
         weight: lambda in the paper.
         hidden: width of the projector.
-        until: step from which the term is off; None = never.
 
     Raises:
         UserError: a value is out of range.
@@ -43,11 +40,10 @@ class REPASettings:
     depth: int = 8
     weight: float = 0.5
     hidden: int = 2048
-    until: int | None = None
 
     def __post_init__(self):
-        if self.depth < 1 or self.hidden < 1 or self.weight < 0 or (self.until is not None and self.until < 0):
-            raise UserError(f"got {self}; depth and hidden are at least 1, weight and until at least 0")
+        if self.depth < 1 or self.hidden < 1 or self.weight < 0:
+            raise UserError(f"got {self}; depth and hidden are at least 1, the weight at least 0")
 
 
 @dataclass(frozen=True)
@@ -98,8 +94,11 @@ class REPA(Alignment):
     def settings(self) -> Mapping[str, Any]:
         return {**asdict(self.chosen), "teachers": [port.name for port in self.ports]}
 
+    def release(self) -> None:
+        self.ports = tuple(replace(port, teacher=None) for port in self.ports)
+
     def forward(self, call: AlignmentCall) -> LossResult | None:
-        if self.chosen.weight == 0 or (self.chosen.until is not None and call.state.step >= self.chosen.until):
+        if self.chosen.weight == 0:
             return None
         tokens, grid = call.taken.tokens[self.chosen.depth], call.taken.grid
         if grid is None:
@@ -110,35 +109,3 @@ class REPA(Alignment):
             cosines.append(cosine(project(tokens), features))
         mean = torch.stack(cosines).mean()
         return LossResult(-self.chosen.weight * mean, {"alignment cosine": mean.detach()})
-
-
-def projector(width: int, hidden: int, dim: int) -> nn.Sequential:
-    """D -> hidden -> hidden -> Dz with SiLU between."""
-    return nn.Sequential(
-        nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, dim)
-    )
-
-
-def match(features: Tensor, given: tuple[int, int] | None, grid: tuple[int, int, int]) -> Tensor:
-    """Teacher features (B, T, Dz) on the model's grid (frames, rows, columns): (B, N, Dz).
-
-    The features of every frame stand one after the other.
-
-    Raises:
-        UserError: the features are no whole number of such grids.
-    """
-    frames, rows, columns = grid
-    if given is None:
-        side = isqrt(features.shape[1] // frames)
-        given = (rows, columns) if features.shape[1] == frames * rows * columns else (side, side)
-    if given[0] * given[1] * frames != features.shape[1]:
-        raise UserError(
-            f"got {features.shape[1]} teacher tokens for {frames} frames; give the grid (rows, columns) of the teacher"
-        )
-    maps = features.unflatten(1, (frames, -1)).flatten(0, 1)
-    return resize_tokens(maps, given, (rows, columns)).unflatten(0, (-1, frames)).flatten(1, 2)
-
-
-def cosine(projected: Tensor, features: Tensor) -> Tensor:
-    """Mean cosine over tokens and samples, in float32, of (B, N, Dz) and (B, N, Dz)."""
-    return F.cosine_similarity(projected.float(), features.float(), dim=-1).mean()

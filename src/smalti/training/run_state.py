@@ -34,6 +34,7 @@ class RunState:
         best: the lowest held-out loss so far, kept with `best_weights` if the training ends on held-out losses.
         best_weights: the averaged weights that reached it.
         stale: held-out losses since then.
+        stops: what the rules that stop losses remember; changed in place.
     """
 
     model: nn.Module
@@ -45,6 +46,7 @@ class RunState:
     best: float = math.inf
     best_weights: dict[str, Tensor] = field(default_factory=dict)
     stale: int = 0
+    stops: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def averaged(self) -> nn.Module:
@@ -74,6 +76,7 @@ class RunState:
             "skipped": self.skipped,
             "streak": self.streak,
             "held_out": {"best": self.best, "stale": self.stale} if self.best_weights else None,
+            "stops": self.stops,
             "ema_updates": self.ema.updates if self.ema is not None else 0,
             "optimizer": plain,
             "random": random_state(),
@@ -99,6 +102,8 @@ class RunState:
             self.best, self.stale = checkpoint.state["held_out"]["best"], checkpoint.state["held_out"]["stale"]
             device = next(self.model.parameters()).device
             self.best_weights = {name: tensor.to(device) for name, tensor in checkpoint.tensors["best"].items()}
+        for mine, stored in zip(self.stops, checkpoint.state.get("stops", [])):
+            mine.update(stored)
         restore_random(checkpoint.tensors["random"], checkpoint.state["random"])
         self.step, self.skipped, self.streak = (
             checkpoint.step, checkpoint.state["skipped"], checkpoint.state["streak"],

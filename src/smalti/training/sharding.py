@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import get_total_norm
 
@@ -41,6 +41,12 @@ def shard(model: nn.Module) -> None:
             for block in stack:
                 fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
+
+
+def put_away(model: nn.Module) -> None:
+    """Takes apart what a call without a backward pass has left together; else the next one would meet old weights."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
 
 
 def whole(tensor: Tensor) -> Tensor:

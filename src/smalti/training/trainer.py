@@ -32,7 +32,8 @@ from smalti.training.optimizers import Factors, Optimizers
 from smalti.training.processes import make_accelerator
 from smalti.training.progress import Journal
 from smalti.training.run_state import RunState, copy_weights, identity
-from smalti.training.sharding import gather, shard
+from smalti.training.sharding import gather, put_away, shard
+from smalti.training.stopping import Stopping, StopRule
 from smalti.training.train_step import Outcome, TrainStep, autocast_call
 
 BAD_STEPS = 10
@@ -79,6 +80,7 @@ class Trainer:
         on_sample: called as `on_sample(averaged model, step, folder)` by the main process every `sample_every` steps.
         description: facts that identify the training (recipe, data hash), in json types; others are refused on resume.
         losses: alignment terms added to the objective; the averaged model and the held-out loss know nothing of them.
+        stops: rules by which such losses end for good.
         factors: on rates and decays of parameters by name, such as muP's.
 
     Raises:
@@ -102,6 +104,7 @@ class Trainer:
         on_sample: Callable[[nn.Module, int, Path], None] | None = None,
         description: Mapping[str, Any] | None = None,
         losses: Sequence[Alignment] = (),
+        stops: Sequence[StopRule] = (),
         factors: Mapping[str, Factors] | None = None,
     ):
         self.config, self.objective, self.out, self.on_sample = config, objective, Path(out), on_sample
@@ -110,16 +113,19 @@ class Trainer:
         if config.gradient_checkpointing:
             enable_gradient_checkpointing(model)
         terms = {"losses": {term.name: dict(term.settings) for term in losses}} if losses else {}
+        terms |= {"stops": list(stops)} if stops else {}
         terms |= {"factors": {name: list(one) for name, one in factors.items()}} if factors else {}
         self.identity = identity(model, objective, config, {"samples": len(source), **terms, **(description or {})})
         if losses:
             model = AlignedModel(model, losses)
-            objective = AlignedObjective(objective, model)
+        self.stopping = Stopping(stops, model, config, self._average, self._compile_again)
+        if isinstance(model, AlignedModel):
+            objective = AlignedObjective(objective, model, self.stopping.angles)
         self.model = model.to(self.accelerator.device) if config.shard else self.accelerator.prepare_model(model)
         bare = self.accelerator.unwrap_model(self.model)
         ema = EMA(denoiser_of(bare), config.ema) if config.ema else None
         self._plain = self._cut(denoiser_of(bare), ema) if config.shard else None
-        self.state = RunState(bare, ema, Optimizers(bare, config, factors))
+        self.state = RunState(bare, ema, Optimizers(bare, config, factors), stops=self.stopping.memory)
         if config.compile:
             bare.compile()
         self.train_step = TrainStep(self.accelerator, self.model, objective, source, config)
@@ -210,6 +216,7 @@ class Trainer:
             self.state.restore(checkpoints.load(self._path()), self.identity)
             if self.state.step > self.config.steps:
                 raise UserError(f"{self._path()} is beyond steps {self.config.steps}; ask for more steps")
+        self.stopping.resume(self.state.step)
 
     def _advance(self, stop: Interruption, journal: Journal) -> Outcome:
         """One step: gradient, update, average, and what is due after it."""
@@ -225,6 +232,7 @@ class Trainer:
         state.optimizers.zero_grad()
         rate = self.config.learning_rate * self.config.rate(state.step)
         state.step += 1
+        self.stopping.after(state.step, outcome.metrics)
         journal.note(state.step, outcome, time.perf_counter() - started, rate, state.skipped)
         if state.streak == BAD_STEPS:
             raise UserError(self._divergence())
@@ -267,6 +275,7 @@ class Trainer:
         state = TrainState(self.state.step, averaged)
         rank, processes = accelerator.process_index, accelerator.num_processes
         total = self.held_out.loss(self.objective, denoise, state, accelerator.device, rank, processes)
+        put_away(averaged)
         loss, count = accelerator.reduce(total, reduction="sum").tolist()  # type: ignore[union-attr]
         self.model.train()  # without an average, it was the model itself that was evaluated
         return loss / count
@@ -287,6 +296,16 @@ class Trainer:
         for model in (denoiser, *([] if ema is None else [ema.model])):
             shard(model)
         return plain
+
+    def _average(self, figure: torch.Tensor) -> torch.Tensor:
+        """The mean over all processes."""
+        return self.accelerator.reduce(figure.to(self.accelerator.device), reduction="mean")  # type: ignore[return-value]
+
+    def _compile_again(self) -> None:
+        """Compiles a model that has changed: hooks that came off are in no graph any more."""
+        if self.config.compile:
+            torch.compiler.reset()
+            self.state.model.compile()
 
     def _path(self) -> Path:
         return self.checkpoints / f"step-{self.state.step:08d}"

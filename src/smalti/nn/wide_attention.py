@@ -17,7 +17,7 @@ from smalti.nn.rope import apply_rope
 from smalti.ops.attention import attention
 
 
-class WideNormSelfAttention(nn.Module):
+class WideSelfAttention(nn.Module):
     """Self-attention: (B, N, D) -> (B, N, D).
 
     Args:
@@ -45,7 +45,7 @@ class WideNormSelfAttention(nn.Module):
         return self.to_out(out.transpose(1, 2).flatten(2))
 
 
-class WideNormCrossAttention(nn.Module):
+class WideCrossAttention(nn.Module):
     """Attention to the memory of the context, from tokens that pass a norm of its own: (B, N, D) -> (B, N, D).
 
     Args:

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from smalti.core.errors import UserError
 from smalti.nn.block_attention import BlockContext
 from smalti.nn.rope import rope_factors
-from smalti.nn.wide_norm_attention import WideNormCrossAttention, WideNormSelfAttention
+from smalti.nn.wide_attention import WideCrossAttention, WideSelfAttention
 from smalti.ops.token_subset import gather
 
 
@@ -18,7 +18,7 @@ def plain(q, k, v, heads):
 
 
 def test_self_attention_norms_over_the_whole_width():
-    layer, x = WideNormSelfAttention(12, heads=2, head_dim=4), torch.randn(2, 5, 12)
+    layer, x = WideSelfAttention(12, heads=2, head_dim=4), torch.randn(2, 5, 12)
     q, k, v = layer.to_qkv(x).chunk(3, -1)
     assert q.shape[-1] == 8
     expected = plain(F.layer_norm(q, (8,)), F.layer_norm(k, (8,)), v, 2) @ layer.to_out.weight.T
@@ -27,7 +27,7 @@ def test_self_attention_norms_over_the_whole_width():
 
 
 def test_cross_attention_needs_a_memory_and_heeds_its_mask():
-    layer, x, memory = WideNormCrossAttention(12, 2, 4), torch.randn(2, 5, 12), torch.randn(2, 3, 12)
+    layer, x, memory = WideCrossAttention(12, 2, 4), torch.randn(2, 5, 12), torch.randn(2, 3, 12)
     with pytest.raises(UserError, match="memory"):
         layer(x, BlockContext())
     mask = torch.tensor([[True, True, False]] * 2)
@@ -37,7 +37,7 @@ def test_cross_attention_needs_a_memory_and_heeds_its_mask():
 
 def test_rotary_factors_of_kept_tokens_move_with_them():
     """Attention among kept tokens equals attention among all in which the others are masked."""
-    layer, x = WideNormSelfAttention(8, 2, 4), torch.randn(2, 6, 8)
+    layer, x = WideSelfAttention(8, 2, 4), torch.randn(2, 6, 8)
     rope = rope_factors(torch.arange(6.0)[:, None], (4,))
     keep = torch.tensor([[0, 2, 5], [1, 3, 4]])
     mask = torch.zeros(2, 6, dtype=torch.bool).scatter(1, keep, True)
