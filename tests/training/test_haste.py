@@ -73,11 +73,27 @@ def test_the_loss_is_that_of_both_formulas():
     cosine = ((h / h.norm(dim=-1, keepdim=True)) * (y / y.norm(dim=-1, keepdim=True))).sum(-1).mean()
     entropies = []
     for student, block in ((1, 2), (2, 3)):
-        p = view.logits[block][:, :2].softmax(-1)  # the student has two heads, the teacher three
+        p = view.attention[block].logits()[:, :2].softmax(-1)  # the student has two heads, the teacher three
         q = taken.attention[student].logits().softmax(-1)
         entropies.append(-(p * q.log()).sum(-1).mean())
     wanted = -0.3 * cosine + 0.7 * (entropies[0] + entropies[1]) / 2
     assert torch.allclose(output.losses["haste"], wanted, atol=1e-5)
+
+
+def test_no_maps_wait_for_the_backward_pass():
+    """Of 4 blocks at full size they would be gigabytes; they are computed again, block by block."""
+    model, kept = AlignedModel(DiT.tiny(), [term()]), []
+
+    def pack(tensor):
+        kept.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(*inputs(torch.rand(2, 3, 24, 24))).losses["haste"]
+    assert kept
+    assert not any(shape[-2:] == (16, 16) and len(shape) == 4 for shape in kept)
+    loss.backward()
+    assert model.denoiser.blocks[1].attn.to_qkv.weight.grad.abs().sum() > 0
 
 
 def test_the_students_attention_is_its_own():
@@ -165,6 +181,15 @@ def test_gradients_that_turn_against_each_other_end_it_and_the_curve_is_logged(t
     assert len(curve) == 4
     assert all(-1 <= one <= 1 for one in curve)
     assert watching.state.model.running
+
+
+@pytest.mark.slow
+def test_a_compiled_training_walks_the_same_curve(tmp_path):
+    rules = [StopAt(("haste",), 3)]
+    eager = trainer(tmp_path / "eager", [term()], rules, steps=5)
+    compiled = trainer(tmp_path / "compiled", [term()], rules, steps=5, compile=True)
+    one, other = column(eager.fit(), "loss"), column(compiled.fit(), "loss")
+    assert one == pytest.approx(other, abs=1e-3)
 
 
 def test_blocks_for_small_models():

@@ -22,12 +22,12 @@ def test_our_own_is_seen_before_the_softmax_and_left_without_hooks():
     pixels = torch.rand(2, 3, 24, 24) * 2 - 1
     view = AttentionTeacher(OwnTeacher(encoder), [2, 3])(pixels)
     assert torch.equal(view.tokens, OwnTeacher(encoder)(pixels))
-    assert (view.grid, view.prefix, set(view.logits)) == ((3, 3), 0, {2, 3})
+    assert (view.grid, view.prefix, set(view.attention)) == ((3, 3), 0, {2, 3})
     with torch.no_grad():
         hidden = encoder.blocks[0](encoder.embed(pixels))
         q, k, _ = encoder.blocks[1].attn.to_qkv(encoder.blocks[1].norm_1(hidden)).unflatten(-1, (3, 2, 8)).unbind(2)
     wanted = torch.einsum("bnhd,bmhd->bhnm", q, k) / 8**0.5
-    assert torch.allclose(view.logits[2], wanted, atol=1e-5)
+    assert torch.allclose(view.attention[2].logits(), wanted, atol=1e-5)
     assert torch.allclose(view.maps(2, (3, 3)), wanted.softmax(-1), atol=1e-5)
     assert view.maps(2, (2, 2)).shape == (2, 2, 4, 4)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in encoder.modules())
@@ -48,7 +48,7 @@ def test_maps_of_the_transformers_library_are_its_own_without_what_precedes_the_
         patches = theirs[block - 1][..., leading:, leading:]
         wanted = patches / patches.sum(-1, keepdim=True)  # what a softmax without the others gives
         assert torch.allclose(view.maps(block, (3, 3)), wanted, atol=1e-5)
-        assert torch.allclose(view.logits[block].softmax(-1), theirs[block - 1], atol=1e-5)
+        assert torch.allclose(view.attention[block].logits().softmax(-1), theirs[block - 1], atol=1e-5)
 
 
 @pytest.mark.skipif(util.find_spec("timm") is None, reason="timm is optional")

@@ -29,7 +29,8 @@ from smalti.training.sra import DEVIATION, SelfAlignment, SRASettings
 SYSTEM = System(
     slug="sra",
     uses=(
-        "training.sra.SelfAlignment", "objectives.paired_noise.StraightPairs", "seams.truncated.truncated",
+        "training.sra.SelfAlignment", "objectives.paired_noise.StraightPairs", "objectives.beta_pairs.BetaPairs",
+        "objectives.two_groups.TwoGroupFlowMatching", "seams.group_watch.GroupWatch", "seams.truncated.truncated",
         "training.alignment.AlignedModel", "seams.taps.Taps", "training.stopping.StopOnCollapse",
         "evaluation.feature_map.feature_pictures", "recipes.aligned_arm.train_aligned_arm",
         "recipes.digits_arm.train_digits_arm",

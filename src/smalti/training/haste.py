@@ -18,14 +18,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from smalti.core.errors import UserError
 from smalti.core.protocols import LossResult
 from smalti.ops.attention_maps import attention_cross_entropy, attention_entropy
+from smalti.seams.taps import ImageAttention
 from smalti.tokenizers.vision_encoder import FeatureTeacher
 from smalti.training.alignment import Alignment, AlignmentCall
 from smalti.training.feature_alignment import cosine, match, projector
-from smalti.training.teacher_attention import AttentionTeacher
+from smalti.training.teacher_attention import AttentionTeacher, View
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ class HolisticAlignment(Alignment):
     def release(self) -> None:
         self.teacher = None
 
+    @torch.compiler.disable  # hooks on a teacher and maps that are computed twice are in nobody's graph
     def forward(self, call: AlignmentCall) -> LossResult | None:
         chosen, grid = self.chosen, call.taken.grid
         if not chosen.feature_weight and not chosen.attention_weight:
@@ -123,10 +126,13 @@ class HolisticAlignment(Alignment):
             terms: list[Tensor] = []
             entropies: list[Tensor] = []
             for student, teacher in chosen.pairs:
-                logits = call.taken.attention[student].logits()
-                maps = view.maps(teacher, grid[1:])
-                terms.append(attention_cross_entropy(logits, maps))
-                entropies.append(attention_entropy(maps[:, : logits.shape[1]]))
+                own = call.taken.attention[student]
+                # Maps are computed again in the backward pass: none but one block's exist at a time.
+                term, entropy = checkpoint(
+                    _compare, own, view, teacher, grid[1:], use_reentrant=False, preserve_rng_state=False
+                )  # type: ignore[misc]
+                terms.append(term)
+                entropies.append(entropy)
             apart = torch.stack(terms).mean()
             loss = loss + chosen.attention_weight * apart
             metrics |= {
@@ -134,3 +140,9 @@ class HolisticAlignment(Alignment):
                 "attention entropy of the teacher": torch.stack(entropies).mean(),
             }
         return LossResult(loss, metrics)
+
+
+def _compare(own: ImageAttention, view: View, block: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Cross-entropy () of a student's maps from those of a teacher's block, and the entropy () of these."""
+    logits, maps = own.logits(), view.maps(block, grid)
+    return attention_cross_entropy(logits, maps), attention_entropy(maps[:, : logits.shape[1]])

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from smalti.core.errors import Refusal, UserError
 from smalti.core.method import Site
-from smalti.ops.attention_maps import attention_logits, teacher_maps
+from smalti.ops.attention_maps import teacher_maps
 from smalti.seams.anatomy import Sublayer
 from smalti.seams.attention_watch import AttentionWatch
+from smalti.seams.taps import ImageAttention
 from smalti.tokenizers.vision_encoder import FeatureTeacher
 
 
@@ -28,18 +29,18 @@ class View:
     Args:
         tokens: of patches (B, T, D) after the last norm, float32.
         grid: their rows and columns.
-        logits: of all tokens (B, h, prefix + T, prefix + T) before the softmax, by block from 1.
+        attention: queries and keys of all tokens, by block from 1; their products exist only while they are used.
         prefix: how many tokens stand before the patches.
     """
 
     tokens: Tensor
     grid: tuple[int, int]
-    logits: dict[int, Tensor]
+    attention: dict[int, ImageAttention]
     prefix: int
 
     def maps(self, block: int, grid: tuple[int, int]) -> Tensor:
         """Distributions of patches over patches (B, h, N, N) in a block, on a grid of rows and columns."""
-        return teacher_maps(self.logits[block], self.prefix, self.grid, grid)
+        return teacher_maps(self.attention[block].logits(), self.prefix, self.grid, grid)
 
 
 class AttentionTeacher:
@@ -84,7 +85,7 @@ class AttentionTeacher:
             tokens = self.teacher(pixels)
         finally:
             watch.remove()
-        logits = {}
+        seen = {}
         for block, sublayer in self._blocks.items():
             calls = watch.calls.get(sublayer.site, [])
             if len(calls) != 1:
@@ -92,6 +93,6 @@ class AttentionTeacher:
                     f"block {block} of the teacher called scaled_dot_product_attention {len(calls)} times, not once; "
                     'load it with attn_implementation="sdpa" (timm: fused attention on), or choose another teacher'
                 )
-            logits[block] = attention_logits(calls[0].q, calls[0].k, calls[0].scale)
-        prefix = next((one.shape[-1] - tokens.shape[1] for one in logits.values()), 0)
-        return View(tokens, self.teacher.grid(*pixels.shape[-2:]), logits, prefix)
+            seen[block] = ImageAttention(calls[0].q, calls[0].k, calls[0].scale)
+        prefix = next((one.k.shape[2] - tokens.shape[1] for one in seen.values()), 0)
+        return View(tokens, self.teacher.grid(*pixels.shape[-2:]), seen, prefix)
