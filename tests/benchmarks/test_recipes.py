@@ -17,7 +17,7 @@ def trained(monkeypatch, tmp_path):
         distance = 100 + 10 * (setup.rate != 1e-3) + 5 * (setup.batch != 16) + 2 * (setup.ema != 0.98) + seed / 100
         aids = setup.aids
         distance -= 20 * bool(aids.teacher) + 10 * (aids.optimizer == "muon")
-        distance += 25 * (aids.ends < 1) + 7 * aids.is_lightning + 7 * bool(aids.mask)
+        distance += 25 * (aids.ends < 1) + 7 * aids.is_lightning + 7 * bool(aids.mask) + 7 * aids.is_own
         distance += 7 * (aids.time != "uniform") + 7 * bool(aids.tuned_width)
         distance += 5 * (setup.images < 1000)
         found = {"distance": distance, "right": 0.5, "probe": 0.5, "images per second": 100.0, "seconds": 8.0}

@@ -12,6 +12,7 @@ from smalti.objectives.flow_matching import FlowMatching
 from smalti.recipes.aids import AIDS, Aids
 from smalti.training.alignment import AlignedModel, AlignedObjective
 from smalti.training.config import TrainConfig
+from smalti.training.ema import EMA
 from smalti.training.latent_source import LatentSource
 from smalti.training.trainer import Trainer
 
@@ -28,7 +29,7 @@ def test_without_aids_it_is_a_plain_training():
     started = Aids().model(32, 2, **SHAPE)
     assert isinstance(started.model, DiT)
     assert started.factors is None
-    assert Aids().losses(32, 2, 6) == []
+    assert Aids().losses(32, 2, 6, 20) == []
     assert isinstance(Aids().objective(100), FlowMatching)
 
 
@@ -48,14 +49,16 @@ def test_values_out_of_range_are_named(wrong):
 def test_every_aid_trains(aids):
     torch.manual_seed(0)
     model, objective = aids.model(64, 3, **SHAPE).model, aids.objective(100, 4)
-    terms = aids.losses(64, 3, 6)
+    terms = aids.losses(64, 3, 6, 20)
     if terms:
         model = AlignedModel(model, terms)
         objective = AlignedObjective(objective, model)
     given = batch(aids)
-    found = objective.loss(model, given, TrainState(), generators_for([0, 1, 2]))
+    average = EMA(model.denoiser if terms else model, 0.9).model
+    found = objective.loss(model, given, TrainState(10, average), generators_for([0, 1, 2]))
     found.loss.backward()
     assert torch.isfinite(found.loss)
+    assert ("self distance" in found.metrics) == aids.is_own
     if aids.teacher:
         assert "alignment cosine" in found.metrics
         assert any(one.grad is not None and one.grad.abs().sum() > 0 for one in terms[0].parameters())
@@ -64,6 +67,8 @@ def test_every_aid_trains(aids):
 def test_masks_and_rotary_positions_exclude_each_other():
     with pytest.raises(UserError, match="rotary"):
         Aids(mask=0.5) | Aids(is_lightning=True)
+    with pytest.raises(UserError, match="averaged"):
+        Aids(mask=0.5, is_own=True)
 
 
 def test_alignment_ends_at_its_share():
@@ -105,7 +110,7 @@ def test_a_training_that_was_cut_ends_as_one_that_was_not(aids, tmp_path):
             config = TrainConfig(steps=20, batch=4, optimizer=aids.optimizer, save_every=1, minutes=most)
             trainer = Trainer(
                 started.model, aids.objective(20, 4), source, config, folder, factors=started.factors,
-                losses=aids.losses(64, 3, 6), stops=aids.stops(20),
+                losses=aids.losses(64, 3, 6, 20), stops=aids.stops(20),
             )  # fmt: skip
             trainer.fit(resume=True)
             torch.manual_seed(2)

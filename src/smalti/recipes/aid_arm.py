@@ -87,7 +87,7 @@ def train_setup(setup: Setup, seed: int) -> dict[str, float]:
             name = "" if step == setup.steps else f" at {quarter}/4"
             found.update({f"{key}{name}": value for key, value in data.measure(averaged.eval()).items()})
 
-    losses = setup.aids.losses(setup.width, setup.depth, width)
+    losses = setup.aids.losses(setup.width, setup.depth, width, setup.steps)
     with tempfile.TemporaryDirectory(prefix="smalti-aid-") as folder:
         trainer = Trainer(
             started.model, objective, data.train, config, Path(folder),

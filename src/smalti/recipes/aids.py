@@ -2,6 +2,7 @@
 
     teacher       hidden states are drawn to a frozen encoder's features (REPA, arXiv 2410.06940)
     ends          the share of the steps after which that stops for good (HASTE, arXiv 2505.16792, section 4)
+    is_own        hidden states are drawn to those of the averaged model under less noise (SRA, arXiv 2505.02831)
     mask          tokens are dropped behind a patch-mixer, until the last tenth (MicroDiT, arXiv 2407.15811)
     time          at which times the model trains (logit-normal: arXiv 2403.03206, section 3.1; LightningDiT)
     is_lightning  RMS norms, SwiGLU and rotary positions in the blocks (LightningDiT, arXiv 2501.01423, section 4.2)
@@ -33,6 +34,7 @@ from smalti.training.kept_alignment import KeptAlignment
 from smalti.training.mup import MuP
 from smalti.training.optimizers import Factors
 from smalti.training.repa import REPA, REPASettings, TeacherPort
+from smalti.training.sra import SelfAlignment, SRASettings
 from smalti.training.stopping import StopAt, StopRule
 
 TIMES: dict[str, Callable[[], TimeDistribution]] = {"uniform": Uniform, "logit-normal": LogitNormal}
@@ -41,6 +43,8 @@ FEATURES = "teacher"
 WHOLE = 0.1
 """Share of the steps at the end that see all tokens."""
 HEAD = 32
+WARM = 1 / 6
+"""Share of the steps before which nothing follows the averaged model."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class Aids:
     Args:
         teacher: a name that `load_teacher` knows; empty = no alignment.
         ends: share of the steps after which the alignment stops, in (0, 1]; 1 = never.
+        is_own: alignment with the averaged model.
         mask: share of the tokens that are dropped, in [0, 1).
         time: uniform or logit-normal.
         is_lightning: LightningDiT's blocks in place of DiT's.
@@ -62,6 +67,7 @@ class Aids:
 
     teacher: str = ""
     ends: float = 1.0
+    is_own: bool = False
     mask: float = 0.0
     time: Literal["uniform", "logit-normal"] = "uniform"
     is_lightning: bool = False
@@ -73,6 +79,8 @@ class Aids:
             raise UserError(f"the share of dropped tokens is {self.mask}; choose one from 0, below 1")
         if not 0 < self.ends <= 1:
             raise UserError(f"alignment ends after {self.ends} of the steps; choose a share above 0, up to 1")
+        if self.mask and self.is_own:
+            raise UserError("an averaged model sees all tokens, and a mask drops some; choose one of the two")
         if self.mask and self.is_lightning:
             raise UserError("rotary positions stand for all tokens, and a mask drops some; choose one of the two")
         for kind, value, known in (("times", self.time, TIMES), ("optimizer", self.optimizer, OPTIMIZERS)):
@@ -113,12 +121,21 @@ class Aids:
         model = mu.model(width)
         return Started(model, mu.factors(model, self.optimizer))
 
-    def losses(self, width: int, depth: int, features: int) -> list[Alignment]:
-        """Terms on the hidden states after a third of the blocks; `features` is the width of the teacher's."""
-        if not self.teacher:
-            return []
-        settings = REPASettings(max(1, depth // 3), hidden=4 * width)
-        return [KeptAlignment(REPA(width, [TeacherPort(FEATURES, features)], settings), [FEATURES])]
+    def losses(self, width: int, depth: int, features: int, steps: int) -> list[Alignment]:
+        """Terms on the hidden states after a third of the blocks.
+
+        Args:
+            width, depth: of the denoiser.
+            features: width of the teacher's.
+            steps: of the training; the averaged model is followed after some of them.
+        """
+        third, terms = max(1, depth // 3), []
+        if self.teacher:
+            settings = REPASettings(third, hidden=4 * width)
+            terms.append(KeptAlignment(REPA(width, [TeacherPort(FEATURES, features)], settings), [FEATURES]))
+        if self.is_own:
+            terms.append(SelfAlignment(width, SRASettings(third, 2 * third, start=round(WARM * steps))))
+        return terms
 
     def stops(self, steps: int) -> list[StopRule]:
         """Rules by which terms end in a training of so many steps."""
@@ -136,6 +153,7 @@ class Started:
 AIDS = {
     "repa": Aids(teacher="vit-caption"),
     "repa, ended early": Aids(teacher="vit-caption", ends=0.3),
+    "sra": Aids(is_own=True),
     "microdit": Aids(mask=0.5),
     "lightningdit": Aids(is_lightning=True),
     "logit-normal": Aids(time="logit-normal"),

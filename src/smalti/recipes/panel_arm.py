@@ -34,6 +34,7 @@ from smalti.recipes.emoji import TOPICS_CPU
 from smalti.sampling.pipeline import TextToImagePipeline
 from smalti.sampling.shift import shift_for_tokens
 from smalti.tokenizers.conv_autoencoder import ConvAutoencoder
+from smalti.tokenizers.marked_text import MarkedTextEncoder
 from smalti.tokenizers.text_encoder import EmbeddingCache, MiniLMEncoder
 from smalti.training.config import TrainConfig
 from smalti.training.lora import LoRASettings, add_lora
@@ -42,15 +43,16 @@ from smalti.training.trainer import Trainer
 from smalti.zoo.loader import load_model, weights_hash
 
 LAYOUT, PREFIX = PanelLayout(1, 2), "[PAIR]"
-TEXT_LENGTH, SPECIAL = 24, 2
+TEXT_LENGTH, SPECIAL = 24, 4
 SIDE, STEPS, GUIDANCE = 64, 20, 3.0
 BATCH, DRAWN_AT_ONCE = 8, 16
 
 
 @cache
-def encoder() -> EmbeddingCache:
-    """The model's text encoder, with room for the captions of two panels."""
-    return EmbeddingCache(MiniLMEncoder(length=TEXT_LENGTH), cache_folder() / "text")
+def encoder() -> MarkedTextEncoder:
+    """The model's text encoder, which reads the two panels' captions apart."""
+    cached = EmbeddingCache(MiniLMEncoder(length=TEXT_LENGTH // LAYOUT.count), cache_folder() / "text")
+    return MarkedTextEncoder(cached, JointCaptioner.for_layout(LAYOUT).markers, TEXT_LENGTH)
 
 
 @cache

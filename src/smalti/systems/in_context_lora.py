@@ -36,6 +36,7 @@ SYSTEM = System(
     slug="in-context-lora",
     uses=(
         "ops.canvas.PanelLayout", "data.joint_captions.JointCaptioner", "data.panels.style_sets",
+        "tokenizers.marked_text.MarkedTextEncoder",
         "data.avatar_panels.avatar_sets", "training.lora.add_lora", "training.panel_source.panel_source",
         "control.fill_panels.FillPanels", "control.known_panels.KnownPanels",
         "evaluation.panel_metrics.SharedReader", "recipes.panel_arm.train_panel_arm",
@@ -87,6 +88,10 @@ def small(ctx) -> Verdict:
             for name in names
         },
         notes=f"{settings['steps']} steps of 8 canvases, rank 8, no style label; prompts of concepts never trained on",
+        tried=(
+            "400 steps, seed 0, 32 pairs: agreement 0.78, own caption fits 0.42 with both captions read as one text, "
+            "0.78 and 0.50 with each read alone, which the claim does; bare canvas (48 pairs) fits 0.53, apart 0.92",
+        ),
     )
 
 
