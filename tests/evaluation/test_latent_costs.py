@@ -3,7 +3,7 @@ from smalti.evaluation.latent_costs import decoder_gflops, denoiser_gflops
 
 def test_a_head_costs_little_and_width_throughout_costs_three_times():
     found = denoiser_gflops()
-    assert found["head"] < 1.35 * found["DiT-XL"]
+    assert found["head"] < 1.5 * found["DiT-XL"]
     assert 2.5 * found["DiT-XL"] < found["wide"] < 3.5 * found["DiT-XL"]
     assert 130 < found["head"] / 2 < 190  # the paper counts multiply-adds
 

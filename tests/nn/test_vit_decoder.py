@@ -45,3 +45,13 @@ def test_the_family():
     assert 395e6 < sum(one.numel() for one in model.parameters()) < 455e6  # xl: 28 x 1152 with an MLP of 4096
     with pytest.raises(UserError, match="cannot be built"):
         decoder(width=6)
+
+
+def test_it_may_begin_as_the_best_linear_map():
+    model, z = decoder(width=16, depth=2), torch.randn(64, 12, 2, 2)
+    weight = torch.randn(48, 12, 1, 1) * 0.1
+    pixels = torch.nn.functional.pixel_shuffle(torch.nn.functional.conv2d(z, weight), 4)
+    before = (model(z) - pixels).square().mean()
+    model.start_linear(z, pixels)
+    after = (model(z) - pixels).square().mean()
+    assert after < 0.3 * pixels.var() < before

@@ -1,13 +1,18 @@
+from dataclasses import replace
+
+import torch
+from shipped import assert_made_by
+
 from smalti.core.files import read_json
 from smalti.data.emoji import load_emoji
 from smalti.evaluation.vgg import VGG16
 from smalti.recipes import rae_emoji
-from smalti.recipes.rae_emoji import RAERecipe, train
+from smalti.recipes.rae_emoji import PRESETS, RAERecipe, train
 from smalti.tokenizers.rae import RAE
 from smalti.training import tokenizer
 from smalti.training.config import TrainConfig
 from smalti.training.tokenizer import TokenizerSettings
-from smalti.zoo.loader import load_part
+from smalti.zoo.loader import ZOO, load_part
 
 TINY = RAERecipe(
     before=TrainConfig(steps=1, batch=4),
@@ -17,6 +22,7 @@ TINY = RAERecipe(
     ),
     model={"depth": 1, "width": 16, "heads": 2},
     critic="random",
+    linear_start=64,
     measured=16,
 )
 
@@ -34,3 +40,16 @@ def test_it_writes_a_decoder_with_statistics_and_quality(tmp_path, monkeypatch):
     latents = model.encode(load_emoji("train", styles=["noto"], topics=["animals", "hearts"]).pixels()).tensor
     assert latents.mean((0, 2, 3)).abs().max() < 0.02
     assert latents.mean(0).abs().max() < 0.02
+
+
+def test_the_shipped_one_was_made_by_this_recipe_and_knows_more_than_pixels_do():
+    card, recipe = read_json(ZOO / "rae-emoji" / "smalti.json"), PRESETS["cpu"]
+    assert recipe.before is not None
+    assert TrainConfig(**card["settings"].pop("before")).identity() == recipe.before.identity()
+    assert_made_by(card | {"settings": card["settings"] | {"before": None}}, replace(recipe, before=None))
+    metrics = card["metrics"]
+    assert metrics["PSNR"] > 18
+    assert metrics["group probe of latents"] > metrics["group probe of pixels"] + 0.03
+    model = load_part(ZOO / "rae-emoji", RAE)
+    assert model.latents_variance.dtype == torch.float32
+    assert (ZOO / "rae-emoji" / "diffusion_pytorch_model.safetensors").stat().st_size < 6e6

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from smalti.core.errors import UserError
 from smalti.nn.encoder_block import NORM_EPS, EncoderBlock, draw_linear_weights
+from smalti.nn.patchify import patchify
 from smalti.nn.positions import grid_positions
 
 SHAPES = {
@@ -78,13 +79,39 @@ class ViTDecoder(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
     def forward(self, z: Tensor) -> Tensor:
+        tokens = self._tokens(z)
+        patches = self.proj_out(tokens.mT.unflatten(2, z.shape[-2:]))  # (B, 3*P*P, h, w)
+        colours = F.pixel_shuffle(patches, self.patch_size) * self.std + self.mean
+        return 2 * colours - 1
+
+    @torch.no_grad()
+    def start_linear(self, z: Tensor, pixels: Tensor, penalty: float = 1e-5) -> None:
+        """Begins as the best linear map from latents (B, C, h, w) to their pixels (B, 3, h * P, w * P).
+
+        The blocks begin as the identity, the first map keeps lengths, and the last one is found by ridge regression.
+        Training then has to learn what a linear map cannot do.
+        """
+        nn.init.orthogonal_(self.x_embedder.weight)
+        for block in self.blocks:
+            assert isinstance(block, EncoderBlock)
+            for layer in (block.attn.to_out, block.ffn.proj_out):
+                nn.init.zeros_(layer.weight)
+                nn.init.zeros_(layer.bias)
+        known = F.pad(self._tokens(z).flatten(0, 1).double(), (0, 1), value=1.0)  # (B*N, D + 1)
+        colours = ((pixels + 1) / 2 - self.mean) / self.std
+        target = patchify(colours, self.patch_size).flatten(0, 1).double()
+        gram = known.T @ known + penalty * len(known) * torch.eye(known.shape[1], dtype=known.dtype, device=z.device)
+        found = torch.linalg.solve(gram, known.T @ target)  # (D + 1, 3*P*P)
+        self.proj_out.weight.copy_(found[:-1].T[..., None, None])
+        assert self.proj_out.bias is not None
+        self.proj_out.bias.copy_(found[-1])
+
+    def _tokens(self, z: Tensor) -> Tensor:
+        """What the last map reads (B, N, D)."""
         rows, columns = z.shape[-2:]
         tokens = self.x_embedder(z.flatten(2).mT.to(self.whole.dtype))  # (B, N, D)
         tokens = tokens + grid_positions(rows, columns, self.width, self.base_size, z.device).to(tokens.dtype)
         tokens = torch.cat([self.whole.expand(len(z), -1, -1), tokens], dim=1)
         for block in self.blocks:
             tokens = block(tokens)
-        tokens = self.final_norm(tokens)[:, 1:]  # without the token of the whole
-        patches = self.proj_out(tokens.mT.unflatten(2, (rows, columns)))  # (B, 3*P*P, h, w)
-        colours = F.pixel_shuffle(patches, self.patch_size) * self.std + self.mean
-        return 2 * colours - 1
+        return self.final_norm(tokens)[:, 1:]  # without the token of the whole

@@ -1,8 +1,8 @@
 """The representation autoencoder `rae-emoji`: a decoder that paints emoji from what `vit-self` sees in them.
 
-The encoder ships already and stays as it is. The decoder learns on all training pictures, from features with noise:
-on two cores first from pixels alone, which costs little, then from VGG features and a critic too, which looks through
-`vit-caption`; on a GPU from everything at once, but for the critic's late start.
+The encoder ships already and stays as it is. The decoder learns on all training pictures, from features with noise. On
+two cores it begins as the best linear one and learns from pixels alone, which costs little, then from VGG features and
+a critic too, which looks through `vit-caption`; on a GPU from everything at once, but for the critic's late start.
 """
 
 from dataclasses import asdict, dataclass, field, replace
@@ -40,6 +40,7 @@ class RAERecipe:
         losses: their weights and starts, and the noise.
         model: arguments of `RAE` that differ from its defaults.
         critic: the teacher that the critic looks through; None = a critic of pixels.
+        linear_start: pictures from which the best linear decoder is found, to begin with; 0 = a random one.
         measured: held-out pictures that are painted and measured at the end.
     """
 
@@ -48,23 +49,26 @@ class RAERecipe:
     losses: TokenizerSettings = field(default_factory=TokenizerSettings)
     model: dict[str, Any] = field(default_factory=dict)
     critic: str | None = "vit-caption"
+    linear_start: int = 0
     measured: int = 698
 
 
 PRESETS = {
     "cpu": RAERecipe(
         before=TrainConfig(
-            steps=600, batch=16, learning_rate=2e-3, warmup=50, decay="cosine", betas=(0.9, 0.95), weight_decay=0.0,
+            steps=240, batch=16, learning_rate=1e-3, warmup=50, decay="cosine", betas=(0.9, 0.95), weight_decay=0.0,
             ema=0.99, save_every=50,
         ),
         training=TrainConfig(
-            steps=120, batch=8, learning_rate=5e-4, warmup=10, decay="cosine", betas=(0.9, 0.95), weight_decay=0.0,
-            ema=0.98, save_every=20,
+            steps=90, batch=8, learning_rate=5e-4, warmup=10, decay="cosine", betas=(0.9, 0.95), weight_decay=0.0,
+            ema=0.98, save_every=10,
         ),
         losses=TokenizerSettings(
-            perceptual=1.0, kl=0.0, critic=0.75, critic_learns_from=40, critic_from=60, learned_deviation=False,
+            perceptual=1.0, kl=0.0, critic=0.75, critic_learns_from=30, critic_from=45, learned_deviation=False,
             is_augmented=True, tau=0.8,
         ),
+        linear_start=1024,
+        measured=400,
     ),
     "gpu": RAERecipe(
         training=TrainConfig(
@@ -83,8 +87,7 @@ def train(recipe: RAERecipe, out: Path, resume: bool = False) -> Path:
     """Trains the decoder, measures statistics and quality, and writes `out / "model"`, whose path it returns."""
     check_writable(out)
     pictures = load_emoji("train")
-    torch.manual_seed(recipe.training.seed)
-    model = RAE(**recipe.model)
+    model = start(recipe, pictures)
     if recipe.before is not None:
         pixels_alone = replace(recipe.losses, perceptual=0.0, critic=0.0)
         fit_tokenizer(model, pictures, recipe.before, out / "pixels", pixels_alone, resume=resume)
@@ -109,6 +112,15 @@ def train(recipe: RAERecipe, out: Path, resume: bool = False) -> Path:
             write_json(folder / CARD, card | provenance())
     join_processes().wait_for_everyone()
     return out / "model"
+
+
+def start(recipe: RAERecipe, pictures: EmojiSet) -> RAE:
+    """The untrained model."""
+    torch.manual_seed(recipe.training.seed)
+    model = RAE(**recipe.model)
+    if recipe.linear_start:
+        model.start_linear(pictures.pixels(spread(len(pictures), recipe.linear_start)))
+    return model
 
 
 def rae_metrics(model: RAE, pictures: EmojiSet, held_out: EmojiSet, count: int) -> dict[str, float]:

@@ -104,6 +104,10 @@ class RAE(ModelMixin, ConfigMixin):
         """Pixels (B, 3, h * factor, w * factor) in [-1, 1] of normalised latents; nothing else is used."""
         return self.decoder(self.denormalise(latents.tensor)).clamp(-1, 1)
 
+    def start_linear(self, pixels: Tensor) -> None:
+        """Lets the decoder begin as the best linear one for these pictures (B, 3, H, W), at the size that it paints."""
+        self.decoder.start_linear(self.encoder(pixels), pixels)
+
     def normalise(self, z: Tensor) -> Tensor:
         """Features (B, C, h, w) to zero mean and unit variance, each channel at each place."""
         return (z - self.latents_mean) * torch.rsqrt(self.latents_variance + FLOOR)
