@@ -1,5 +1,3 @@
-from dataclasses import replace
-
 import torch
 from shipped import assert_made_by
 
@@ -43,12 +41,10 @@ def test_it_writes_a_decoder_with_statistics_and_quality(tmp_path, monkeypatch):
 
 
 def test_the_shipped_one_was_made_by_this_recipe_and_knows_more_than_pixels_do():
-    card, recipe = read_json(ZOO / "rae-emoji" / "smalti.json"), PRESETS["cpu"]
-    assert recipe.before is not None
-    assert TrainConfig(**card["settings"].pop("before")).identity() == recipe.before.identity()
-    assert_made_by(card | {"settings": card["settings"] | {"before": None}}, replace(recipe, before=None))
+    card = read_json(ZOO / "rae-emoji" / "smalti.json")
+    assert_made_by(card, PRESETS["cpu"])
     metrics = card["metrics"]
-    assert metrics["PSNR"] > 18
+    assert metrics["PSNR"] > 21
     assert metrics["group probe of latents"] > metrics["group probe of pixels"] + 0.03
     model = load_part(ZOO / "rae-emoji", RAE)
     assert model.latents_variance.dtype == torch.float32
