@@ -101,6 +101,6 @@ def test_settings_become_json():
         "n": None,
         "o": {
             "class": "FlowMatching", "time": {"class": "LogitNormal", "mean": 0.0, "std": 1.0}, "shift": 1.0,
-            "target": "velocity", "weight": None, "strata": 1,
+            "target": "velocity", "weight": None, "strata": 1, "floor": 0.0,
         },
     }  # fmt: skip
