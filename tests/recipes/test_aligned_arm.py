@@ -11,6 +11,7 @@ from smalti.core.protocols import TextEmbedding
 from smalti.data.emoji import EmojiSet
 from smalti.recipes.aligned_arm import PictureTable, arm_config, arm_model, train_aligned_arm, with_pictures
 from smalti.recipes.emoji_arm import CHANNELS, GRID, TEXT_WIDTH, Stock, Trained
+from smalti.systems import haste
 from smalti.systems.haste import SETTINGS
 from smalti.systems.sra import ARMS
 from smalti.tokenizers.vision_backends import load_teacher
@@ -44,6 +45,18 @@ def test_an_arm_is_measured_at_its_marks_and_keeps_its_log():
     assert done.distances == {2: 7.0}
     assert len(done.curve("loss")) == 4
     assert 0 < done.trained.held_out_loss < 10
+
+
+def test_marks_are_evenly_spaced_or_refused():
+    with pytest.raises(AssertionError, match="evenly"):
+        train_aligned_arm(config(), marks=(2, 3))
+
+
+@pytest.mark.parametrize("steps", [6, 9])
+def test_arms_of_haste_are_measured_on_their_way_for_any_number_of_steps(steps, monkeypatch):
+    monkeypatch.setattr(haste, "arm_config", lambda steps, seed: config(steps))
+    found = haste.arm("plain", 0, steps)
+    assert {"distance, 25 %", "distance, 50 %", "distance"} <= set(found)
 
 
 def test_pictures_come_along_for_a_live_teacher_until_a_rule_ends_it():

@@ -112,6 +112,7 @@ def train_aligned_arm(
             distances[step] = _trained(model).distance(count, guidance=1.0)
 
     every = min(marks, default=0)
+    assert all(mark % every == 0 for mark in marks), f"marks {marks} are not evenly spaced from the first on"
     with tempfile.TemporaryDirectory(prefix="smalti-arm-") as folder:
         trainer = Trainer(
             arm_model(config.seed), FlowMatching(), source or shared.train, replace(config, sample_every=every), folder,

@@ -134,7 +134,7 @@ def arm(name: str, seed: int, steps: int) -> dict[str, float]:
         stops = [StopAt(("haste",), round(PHASE * steps))]
     elif name == "never stopped":
         stops = [StopOnConflict(("haste",), threshold=-1.0, every=WATCHED)]  # watches alone
-    marks = (steps // 4, steps // 2)
+    marks = (steps // 4, 2 * (steps // 4))
     done = train_aligned_arm(arm_config(steps, seed), losses, stops, source, marks, DRAWN[0])
     figures = {
         "held-out loss": done.trained.held_out_loss,
