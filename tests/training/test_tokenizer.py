@@ -188,6 +188,11 @@ def test_a_critic_may_learn_before_it_counts():
     assert all(not one.any() for name, one in gradients(model, 0)[1].items() if name.startswith("critic"))
 
 
+def test_a_critic_may_learn_from_the_first_step():
+    _, got = gradients(players(critic_learns_from=0, critic_from=3), 0)
+    assert any(one.any() for name, one in got.items() if name.startswith("critic"))
+
+
 def test_a_critic_of_ones_own_takes_the_place_of_the_patch_critic():
     critic = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 1))
     model = Players(autoencoder(), SMALL, critic=critic)

@@ -191,8 +191,8 @@ class Players(nn.Module):
         self, made: Tensor, real: Tensor, nll: Tensor, draws: Tensor | None, step: int, metrics: dict[str, Tensor]
     ) -> Tensor:
         """Adversarial term and the critic's own loss, each 0 as long as it does not count."""
-        critic, counts_from = self.critic, self.chosen.critic_from
-        learns_from = min(counts_from, self.chosen.critic_learns_from or counts_from)
+        critic, counts_from, learns_from = self.critic, self.chosen.critic_from, self.chosen.critic_learns_from
+        learns_from = counts_from if learns_from is None else min(counts_from, learns_from)
         assert critic is not None
         if step < learns_from:
             idle = torch.stack([parameter.sum() for parameter in critic.parameters()])
