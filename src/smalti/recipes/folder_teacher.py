@@ -3,8 +3,6 @@
 Source: Representation Alignment for Generation (arXiv 2410.06940): a third of the way through the blocks, weight 0.5.
 """
 
-from functools import cache
-
 import torch
 from torch import Tensor, nn
 
@@ -29,17 +27,20 @@ class Teacher:
 
     def __init__(self, name: str, cell: int, device: torch.device):
         self.name, self.cell, self.device = name, cell, device
-        first = self._on(1, 1)
+        self._known: dict[tuple[int, int], FeatureTeacher] = {}
+        first = self._on((1, 1))
         self.width, self.key = first.dim, ("teacher", name, weights_hash(first), cell)
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        rows, columns = (side // self.cell for side in pixels.shape[-2:])
+        height, width = pixels.shape[-2:]
         with torch.no_grad():
-            return self._on(rows, columns)(pixels.to(self.device)).cpu()
+            return self._on((height // self.cell, width // self.cell))(pixels.to(self.device)).cpu()
 
-    @cache  # noqa: B019  # a teacher lives as long as its features are made
-    def _on(self, rows: int, columns: int) -> FeatureTeacher:
-        return load_teacher(self.name, (rows, columns)).to(self.device)
+    def _on(self, grid: tuple[int, int]) -> FeatureTeacher:
+        """The encoder for this many rows and columns of tokens."""
+        if grid not in self._known:
+            self._known[grid] = load_teacher(self.name, grid).to(self.device)
+        return self._known[grid]
 
     def term(self, model: nn.Module, width: int) -> REPA:
         """The alignment of a transformer of this width."""
